@@ -1,0 +1,425 @@
+"""The run's configuration: typed, validated once by ``build``, then immutable.
+
+The dataclasses here are the only place where keys, types, defaults and units are written;
+``conf/`` holds presets over them, ``docs/config.md`` is checked against them. A bad value is
+a ``ConfigError`` that names the dotted key. Sizes end in ``_bytes`` or ``_gib``, durations in
+``_s``; counts of tokens say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ember_pp.errors import ConfigError, InvalidRequestError
+from ember_pp.sampling_params import SamplingParams, suggest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Which model, and how its weights come in."""
+
+    path: str | None = None
+    """Folder in Hugging Face layout, a Hugging Face hub id, or ``demo`` for the bundled model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights, hidden states and KV cache."""
+    load: Literal["checkpoint", "random"] = "checkpoint"
+    """``random``: seeded weights of the model's true shapes; no weight files are read."""
+    context_length: int | None = None
+    """Longest sequence, prompt and output, in tokens; null: what the checkpoint says."""
+    architecture: dict[str, Any] | None = None
+    """The ``config.json`` to use where the path has none (with ``model.load=random``)."""
+
+    def check(self) -> None:
+        _at_least("model.context_length", self.context_length, 1)
+        if self.path is None and self.architecture is None:
+            raise ConfigError(
+                "model.path: missing; give a checkpoint folder, a hub id, or model=<preset>"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineSettings:
+    """The stages and where they run."""
+
+    stages: int = 1
+    """Number of stages, each a process with a contiguous slice of the layers."""
+    devices: Any = "auto"
+    """``auto``, ``cpu``, or a list with one device per stage such as ``[cuda:0,cuda:1]``;
+    a device may repeat. ``auto``: one GPU per stage while there are enough, else the CPU."""
+    split: Any = "auto"
+    """``auto`` (by cost), ``equal``, or a list with the number of layers of each stage."""
+    max_in_flight: int | None = None
+    """Plans in the pipeline at once; null: enough that no stage waits for the host."""
+    cpu_threads: int | None = None
+    """Threads of each stage that runs on the CPU; null: the cores shared out, at least 1."""
+
+    def check(self) -> None:
+        _at_least("pipeline.stages", self.stages, 1)
+        _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
+        _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
+        _check_devices(self.devices, self.stages)
+        _check_split(self.split, self.stages)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """The paged KV cache of each stage."""
+
+    memory_gib: float | None = None
+    """KV memory of each stage in GiB; null: a share of what is free beside the weights."""
+    block_size: int = 16
+    """Tokens per block."""
+    prefix: bool = True
+    """Share the blocks of equal prompt beginnings."""
+
+    def check(self) -> None:
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise ConfigError(f"cache.memory_gib: expected above 0, got {self.memory_gib}")
+        _at_least("cache.block_size", self.block_size, 1)
+        if self.block_size > 256:
+            raise ConfigError(f"cache.block_size: expected at most 256, got {self.block_size}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """How requests are put together to plans."""
+
+    policy: Literal["balanced"] = "balanced"
+    """``balanced``: plans in flight carry about the same number of tokens."""
+    max_sequences: int = 64
+    """Sequences that may run at once, over all plans in flight."""
+    max_tokens_per_plan: int = 512
+    """Tokens of one plan, prompts and decodes together; also the size of a hand-off slot."""
+
+    def check(self) -> None:
+        _at_least("scheduler.max_sequences", self.max_sequences, 1)
+        _at_least("scheduler.max_tokens_per_plan", self.max_tokens_per_plan, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """Defaults for requests that do not say; null: what ``generation_config.json`` says."""
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    seed: int = 0
+    """Base of the random numbers of requests without a seed of their own."""
+
+    def check(self) -> None:
+        try:
+            SamplingParams.from_mapping(self.given())
+        except InvalidRequestError as error:
+            raise ConfigError(f"sampling.{error}") from None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set, without ``seed``: sampling defaults that override the
+        checkpoint's own."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "seed" and getattr(self, field.name) is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorSettings:
+    """Where the coordinator listens, and the bounds it keeps."""
+
+    address: str | None = None
+    """``ipc://PATH`` or ``tcp://HOST:PORT`` of the client socket. A job other than ``serve``
+    uses the coordinator that runs there; null: it starts one of its own."""
+    max_queued_requests: int = 100_000
+    """Requests that may be open at once; more are refused."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; null: the context length."""
+    max_message_bytes: int = 16 * 1024 * 1024
+    """Largest message from a client."""
+    start_timeout_s: float = 1800.0
+    """Longest time from start to all stages being ready."""
+    shutdown_grace_s: float = 5.0
+    """Time for stages to end before they are killed."""
+
+    def check(self) -> None:
+        _at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
+        _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
+        for key in ("start_timeout_s", "shutdown_grace_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BatchJob:
+    """``job=batch``: every line of the input answered once in the output."""
+
+    name: Literal["batch"] = "batch"
+    input: Any = None
+    """JSONL file, a list of files, a glob, or ``-`` for stdin; ``.gz`` is unpacked on the way.
+    null: the bundled prompts of the demo model."""
+    output: str | None = None
+    """JSONL file for the answers, or ``-`` for stdout; null with the bundled prompts:
+    ``ember-out/answers.jsonl``."""
+    errors: str | None = None
+    """JSONL file for the requests that failed; null: beside the output, ``*.errors.jsonl``."""
+    overwrite: bool = False
+    """Start over instead of going on where an earlier run stopped."""
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    """``stop``: end before the model is loaded, all bad lines listed. ``skip``: they go to
+    the errors file, the others run."""
+    ordered: bool = False
+    """Write answers in the order of the input."""
+    shard: str | None = None
+    """``I/N``: only the I-th (from 1) of N parts of the input, for array jobs."""
+    max_open_requests: int = 512
+    """Requests handed to the coordinator at once."""
+
+    def check(self) -> None:
+        _at_least("job.max_open_requests", self.max_open_requests, 1)
+        if self.shard is not None:
+            _check_shard(self.shard)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServeJob:
+    """``job=serve``: a coordinator for clients, until a signal."""
+
+    name: Literal["serve"] = "serve"
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ChatJob:
+    """``job=chat``: a chat in the terminal."""
+
+    name: Literal["chat"] = "chat"
+    system: str | None = None
+    """System message that opens the chat."""
+    enable_thinking: bool | None = None
+    """Given to the chat template; null: the template's own default."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StatusJob:
+    """``job=status``: what a running coordinator is doing."""
+
+    name: Literal["status"] = "status"
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CancelJob:
+    """``job=cancel``: end requests of a running coordinator."""
+
+    name: Literal["cancel"] = "cancel"
+    request_ids: list[str] = dataclasses.field(default_factory=list)
+    """Which; none: all."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob
+JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
+    {
+        "batch": BatchJob,
+        "serve": ServeJob,
+        "chat": ChatJob,
+        "status": StatusJob,
+        "cancel": CancelJob,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that ``launch.sh`` can be told."""
+
+    job: Job = dataclasses.field(default_factory=BatchJob)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    pipeline: PipelineSettings = dataclasses.field(default_factory=PipelineSettings)
+    cache: CacheSettings = dataclasses.field(default_factory=CacheSettings)
+    scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
+    sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
+    coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    handoff: Literal["auto", "host_shm"] = "auto"
+    """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Implementation of the model's operations; ``reference`` is plain torch."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Least severe log line that goes to stderr."""
+
+
+def build(plain: Mapping[str, Any]) -> Config:
+    """The validated configuration in ``plain``, nested maps as Hydra composes them.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion), a wrong type, a value out of range;
+            the text starts with the dotted key.
+    """
+    config = typing.cast(Config, _build_dataclass(Config, plain, ""))
+    for part in (
+        config.job,
+        config.model,
+        config.pipeline,
+        config.cache,
+        config.scheduler,
+        config.sampling,
+        config.coordinator,
+    ):
+        part.check()
+    return config
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """``config`` (or a part of it) as nested maps and lists; ``build`` takes it back."""
+    return dataclasses.asdict(config)
+
+
+def default_plain() -> dict[str, Any]:
+    """Every key but ``job`` with its default, as nested maps."""
+    plain = to_plain(Config())
+    del plain["job"]
+    return plain
+
+
+def dotted_keys() -> list[str]:
+    """Every key that can be overridden, dotted, for each job."""
+    keys = [f"job.{field.name}" for job in JOBS.values() for field in dataclasses.fields(job)]
+    for group, value in default_plain().items():
+        keys += [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
+    return sorted(set(keys))
+
+
+def _build_dataclass(cls: type[Any], plain: Any, prefix: str) -> Any:
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}: expected a group of settings, got {plain!r}")
+    hints = typing.get_type_hints(cls)
+    for key in plain:
+        if key not in hints:
+            known = [prefix + name for name in hints] if prefix else [*hints, *dotted_keys()]
+            raise ConfigError(f"{prefix}{key}: no such setting{suggest(f'{prefix}{key}', known)}")
+    return cls(
+        **{key: _build_value(hints[key], value, prefix + key) for key, value in plain.items()}
+    )
+
+
+def _build_value(hint: Any, value: Any, key: str) -> Any:
+    if hint == Job:
+        return _build_job(value)
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(typing.cast(type[Any], hint), value, f"{key}.")
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in options:
+            return None
+        hint = next(option for option in options if option is not type(None))
+        return _build_value(hint, value, key)
+    if origin is Literal:
+        if value not in options:
+            listed = ", ".join(str(option) for option in options)
+            raise ConfigError(
+                f"{key}: expected one of {listed}; got {value!r}{suggest(str(value), options)}"
+            )
+        return value
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}: expected a list, got {value!r}")
+        return [_build_value(options[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+    return _build_scalar(dict if origin is dict else hint, value, key)
+
+
+def _build_scalar(hint: Any, value: Any, key: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        names = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+        }
+        raise ConfigError(f"{key}: expected {names.get(hint, hint.__name__)}, got {value!r}")
+    return value
+
+
+def _build_job(plain: Any) -> Job:
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"job: expected one of {', '.join(JOBS)}; got {plain!r}")
+    name = str(plain.get("name"))
+    if name not in JOBS:
+        raise ConfigError(
+            f"job: expected one of {', '.join(JOBS)}; got {name!r}{suggest(name, JOBS)}"
+        )
+    return typing.cast(Job, _build_dataclass(JOBS[name], plain, "job."))
+
+
+def _at_least(key: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{key}: expected at least {low}, got {value}")
+
+
+def _check_devices(devices: Any, num_stages: int) -> None:
+    key = "pipeline.devices"
+    if isinstance(devices, str):
+        if devices not in ("auto", "cpu") and not _is_device(devices):
+            raise ConfigError(
+                f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}"
+            )
+        return
+    if not isinstance(devices, list | tuple):
+        raise ConfigError(f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}")
+    if len(devices) != num_stages:
+        raise ConfigError(
+            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}; give one per stage"
+        )
+    for device in devices:
+        if device not in ("auto", "cpu") and not _is_device(device):
+            raise ConfigError(f"{key}: expected auto, cpu or cuda:N, got {device!r}")
+
+
+def _is_device(device: Any) -> bool:
+    return isinstance(device, str) and device.startswith("cuda:") and device[5:].isdecimal()
+
+
+def _check_split(split: Any, num_stages: int) -> None:
+    if split in ("auto", "equal"):
+        return
+    is_counts = isinstance(split, list | tuple) and all(
+        isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in split
+    )
+    if not is_counts:
+        raise ConfigError(
+            f"pipeline.split: expected auto, equal or a list of layer counts, got {split!r}"
+        )
+    if len(split) != num_stages:
+        raise ConfigError(f"pipeline.split: {len(split)} counts for pipeline.stages={num_stages}")
+
+
+def _check_shard(shard: str) -> None:
+    index, _, total = shard.partition("/")
+    is_valid = index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)
+    if not is_valid:
+        raise ConfigError(f"job.shard: expected I/N with 1 <= I <= N, such as 3/16; got {shard!r}")

@@ -1,0 +1,1 @@
+"""The operations of the model, and their plain torch references."""

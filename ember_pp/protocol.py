@@ -1,0 +1,609 @@
+"""Every message between processes: frozen dataclasses, msgpack in and out, validated.
+
+A message is one msgpack array ``[PROTOCOL_VERSION, tag, field, field, ...]`` with the fields
+in the order of the class. ``encode`` and ``decode`` are the only way in and out; ``decode``
+refuses bytes that are not exactly one known message with fields of the declared types.
+``docs/protocol.md`` lists who sends what to whom.
+
+Arrays of numbers travel as packed little-endian bytes, never as lists: ``pack_u32`` and
+``pack_i32`` make them, ``unpack_u32`` and ``unpack_i32`` read them back.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import functools
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import msgpack
+
+from ember_pp.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+_U32 = "I"
+_I32 = "i"
+_F32 = "f"
+
+
+# --------------------------------------------------------------------------------------
+# packed arrays
+
+
+def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
+    packed = array.array(typecode, values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
+    values = array.array(typecode)
+    if len(packed) % values.itemsize:
+        raise ProtocolError(f"a packed array of {len(packed)} bytes; expected a multiple of 4")
+    values.frombytes(packed)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+def pack_u32(values: Iterable[int]) -> bytes:
+    """Unsigned 32-bit little-endian bytes of ``values``."""
+    return _pack(_U32, values)
+
+
+def pack_i32(values: Iterable[int]) -> bytes:
+    """Signed 32-bit little-endian bytes of ``values``."""
+    return _pack(_I32, values)
+
+
+def pack_f32(values: Iterable[float]) -> bytes:
+    """32-bit float little-endian bytes of ``values``."""
+    return _pack(_F32, values)
+
+
+def unpack_u32(packed: bytes) -> array.array[int]:
+    """The numbers that ``pack_u32`` packed; ``ProtocolError`` if the length is no multiple of 4."""
+    return _unpack(_U32, packed)
+
+
+def unpack_i32(packed: bytes) -> array.array[int]:
+    """The numbers that ``pack_i32`` packed; ``ProtocolError`` if the length is no multiple of 4."""
+    return _unpack(_I32, packed)
+
+
+def unpack_f32(packed: bytes) -> array.array[float]:
+    """The numbers that ``pack_f32`` packed; ``ProtocolError`` if the length is no multiple of 4."""
+    return _unpack(_F32, packed)
+
+
+# --------------------------------------------------------------------------------------
+# structs and messages
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Struct:
+    """A part of a message: travels as an array of its fields, without tag or version."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages; ``TAG`` names the class on the wire."""
+
+    TAG: ClassVar[str] = ""
+
+
+_REGISTRY: dict[str, type[Message]] = {}
+_MessageT = TypeVar("_MessageT", bound=type[Message])
+
+
+def _register(cls: _MessageT) -> _MessageT:
+    if not cls.TAG or cls.TAG in _REGISTRY:
+        raise AssertionError(f"{cls.__name__}: TAG {cls.TAG!r} is empty or taken")
+    _REGISTRY[cls.TAG] = cls
+    return cls
+
+
+def registered_messages() -> Mapping[str, type[Message]]:
+    """All message classes by tag."""
+    return types.MappingProxyType(_REGISTRY)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs(Struct):
+    """Log-probabilities at one generated token, of the unmodified distribution."""
+
+    logprob: float
+    """Of the token that was drawn."""
+    top_ids: bytes
+    """i32 ids of the most likely tokens, most likely first."""
+    top_logprobs: bytes
+    """f32, one per id in ``top_ids``."""
+
+
+# client -> coordinator
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submit(Message):
+    """One request. Exactly one of ``prompt``, ``messages`` and ``token_ids`` is given."""
+
+    TAG: ClassVar[str] = "submit"
+    request_id: str
+    prompt: str | None
+    messages: list[Any] | None
+    """Chat messages: maps with ``role`` and ``content``, as the chat template takes them."""
+    token_ids: bytes | None
+    """i32 prompt token ids."""
+    sampling: dict[str, Any]
+    """``SamplingParams`` fields that the client sets; the rest are the coordinator's defaults."""
+    template_kwargs: dict[str, Any]
+    """Extra names for the chat template, such as ``enable_thinking`` or ``tools``."""
+    stream: bool
+    """True: text and ids come in ``TokenDelta``s as they are made; False: all in ``Finished``."""
+    seed_key: str
+    """Without a seed, the request draws with one derived from ``sampling.seed`` and this key."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """End these requests; answered by ``CancelReply``, each request by ``Finished("abort")``."""
+
+    TAG: ClassVar[str] = "cancel"
+    request_ids: list[str]
+    everyone: bool
+    """True: ids may be any client's, and no ids means all requests."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status(Message):
+    """Asks for ``StatusReply``."""
+
+    TAG: ClassVar[str] = "status"
+
+
+# coordinator -> client
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Accepted(Message):
+    """The request is valid and queued."""
+
+    TAG: ClassVar[str] = "accepted"
+    request_id: str
+    num_prompt_tokens: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenDelta(Message):
+    """What is new of a streamed answer. Text lags behind ids while a stop string may begin."""
+
+    TAG: ClassVar[str] = "token_delta"
+    request_id: str
+    text: str
+    token_ids: bytes
+    """i32."""
+    logprobs: list[TokenLogprobs]
+    """One per token id, or empty when not asked for."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished(Message):
+    """The end of a request, with what ``TokenDelta`` has not carried yet."""
+
+    TAG: ClassVar[str] = "finished"
+    request_id: str
+    text: str
+    token_ids: bytes
+    """i32."""
+    logprobs: list[TokenLogprobs]
+    finish_reason: str
+    """``stop``, ``length`` or ``abort``."""
+    stop_reason: str | int | None
+    """The stop string or stop token id that ended it."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    num_output_tokens: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestFailed(Message):
+    """The request, or an undecodable message (``request_id`` empty), came to nothing."""
+
+    TAG: ClassVar[str] = "request_failed"
+    request_id: str
+    error: dict[str, Any]
+    """``EmberError.to_wire``."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class CancelReply(Message):
+    """How many requests a ``Cancel`` ended."""
+
+    TAG: ClassVar[str] = "cancel_reply"
+    num_cancelled: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StatusReply(Message):
+    """State of the coordinator and its stages; fields as in ``docs/protocol.md``."""
+
+    TAG: ClassVar[str] = "status_reply"
+    status: dict[str, Any]
+
+
+# stage -> coordinator
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageHello(Message):
+    """First word of a stage process."""
+
+    TAG: ClassVar[str] = "stage_hello"
+    stage_index: int
+    token: str
+    """One-time secret that the launcher gave this process."""
+    pid: int
+    device: dict[str, Any]
+    """``name``, ``kind``, ``total_bytes`` and ``free_bytes`` of the device it runs on."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageProgress(Message):
+    """A phase of starting that takes time, and how far it is."""
+
+    TAG: ClassVar[str] = "stage_progress"
+    stage_index: int
+    phase: str
+    num_done: int
+    num_total: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageReady(Message):
+    """Weights are loaded and the incoming ring is made; waits for ``Start``."""
+
+    TAG: ClassVar[str] = "stage_ready"
+    epoch: int
+    stage_index: int
+    num_blocks: int
+    """KV blocks that fit beside the weights."""
+    handle: dict[str, Any]
+    """How the previous stage opens this stage's incoming ring; empty on the first stage."""
+    weight_bytes: int
+    block_bytes: int
+    """KV bytes of one block on this stage."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageStarted(Message):
+    """The KV cache is allocated and the neighbours' rings are open."""
+
+    TAG: ClassVar[str] = "stage_started"
+    epoch: int
+    stage_index: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProbeReport(Message):
+    """What one end of an edge saw of a probe."""
+
+    TAG: ClassVar[str] = "probe_report"
+    epoch: int
+    stage_index: int
+    edge: str
+    """``sender->receiver`` stage indices, e.g. ``0->1``."""
+    path: str
+    is_ok: bool
+    text: str
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled(Message):
+    """Token ids that a plan drew: decode rows in roster order, then chunks that sample."""
+
+    TAG: ClassVar[str] = "sampled"
+    epoch: int
+    plan: int
+    token_ids: bytes
+    """i32, one per row that samples."""
+    logprobs: list[TokenLogprobs | None]
+    """One per row that samples, None where not asked for; empty when no row asks."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageStats(Message):
+    """Running totals of a stage since its start, sent about once a second while it works."""
+
+    TAG: ClassVar[str] = "stage_stats"
+    epoch: int
+    stage_index: int
+    plan: int
+    """Last plan that it finished; -1 before the first."""
+    busy_ns: int
+    wait_input_ns: int
+    """Waiting for the previous stage or for a plan."""
+    wait_output_ns: int
+    """Waiting for a free slot of the next stage's ring."""
+    waiting_for: str
+    """What it waits for now, in words: plan, slot, edge; empty when it works or idles."""
+    peak_bytes: int
+    """Most device memory held so far; resident set on CPU."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageFailed(Message):
+    """A stage raised and ends."""
+
+    TAG: ClassVar[str] = "stage_failed"
+    epoch: int
+    stage_index: int
+    plan: int
+    error: dict[str, Any]
+    """``EmberError.to_wire`` when it raised one of ours, else empty."""
+    remote_type: str
+    text: str
+    traceback: str
+
+
+# coordinator -> stage
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageConfig(Message):
+    """All that a stage needs to load its slice of the model."""
+
+    TAG: ClassVar[str] = "stage_config"
+    epoch: int
+    stage_index: int
+    num_stages: int
+    start_layer: int
+    end_layer: int
+    device: str
+    """``cpu`` or ``cuda:N``."""
+    num_threads: int
+    """CPU threads for torch."""
+    config: dict[str, Any]
+    """The run's whole configuration, ``config.to_plain``."""
+    model_config: dict[str, Any]
+    """The model's architecture, ``ModelConfig.to_plain``."""
+    eos_token_ids: bytes
+    """i32; not drawn while ``min_tokens`` is not reached."""
+    max_slots: int
+    """Sequences that may be open at once."""
+    max_model_len: int
+    """Longest sequence, prompt and output, in tokens."""
+    max_in_flight: int
+    """Slots of every ring."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start(Message):
+    """The agreed block count, and how to reach the next stage."""
+
+    TAG: ClassVar[str] = "start"
+    epoch: int
+    num_blocks: int
+    next_handle: dict[str, Any]
+    """The next stage's ``StageReady.handle``; empty for the last stage."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe(Message):
+    """Send (or expect) a pattern over this edge and compare bytes."""
+
+    TAG: ClassVar[str] = "probe"
+    epoch: int
+    edge: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenSlot(Struct):
+    """A sequence takes a slot: its earlier state there is forgotten."""
+
+    slot: int
+    seed: int
+    """Key of its random numbers, unsigned 64 bit."""
+    sampling: dict[str, Any]
+    """``SamplingParams.to_mapping``."""
+    num_prompt_tokens: int
+    """Length of the prompt; tokens after it in a chunk are output being replayed."""
+    num_output_tokens: int
+    """Output tokens that were drawn before this life of the sequence."""
+    prompt_ids: bytes
+    """i32 prompt ids; empty unless a penalty counts them."""
+    output_ids: bytes
+    """i32 earlier output ids; empty unless a penalty counts them."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Execute(Message):
+    """One plan. Stages execute plans in the order of their numbers, which have no gaps.
+
+    A micro-batch has a *roster* of decoding slots that every stage remembers; the plan says
+    only what changed. Rows of the plan are the roster (one token each), then the chunks.
+    Applied in this order: ``leave``, ``open``, ``blocks``, ``join``, then the rows.
+    """
+
+    TAG: ClassVar[str] = "execute"
+    epoch: int
+    plan: int
+    microbatch: int
+    leave: bytes
+    """u32 slots that leave the roster."""
+    open: list[OpenSlot]
+    blocks: bytes
+    """u32 pairs (slot, block id) appended to block tables."""
+    join: bytes
+    """u32 slots appended to the roster."""
+    chunks: bytes
+    """u32 quadruples (slot, start position, num tokens, 1 if the last token samples)."""
+    chunk_ids: bytes
+    """i32 token ids of all chunks, in order."""
+    decode_ids: bytes
+    """i32, one per roster row: the input token of each."""
+    tap: str | None
+    """Directory in which each stage writes its hidden states of this plan as safetensors."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shutdown(Message):
+    """The stage ends now."""
+
+    TAG: ClassVar[str] = "shutdown"
+    reason: str
+
+
+# --------------------------------------------------------------------------------------
+# encoding
+
+_Encoder = Callable[[Any], Any]
+_Decoder = Callable[[Any, str], Any]
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _struct_to_array(value: Any) -> list[Any]:
+    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(type(value))]
+
+
+@functools.cache
+def _field_codecs(cls: Any) -> tuple[tuple[str, _Encoder, _Decoder], ...]:
+    hints = typing.get_type_hints(cls)
+    return tuple((field.name, *_codec_for(hints[field.name])) for field in dataclasses.fields(cls))
+
+
+def _codec_for(hint: Any) -> tuple[_Encoder, _Decoder]:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _union_codec(typing.get_args(hint))
+    if origin is list:
+        return _list_codec(typing.get_args(hint)[0])
+    if origin is dict:
+        return _identity, _checked(dict)
+    if isinstance(hint, type) and issubclass(hint, Struct):
+        return _struct_to_array, lambda value, where: _decode_fields(hint, value, where)
+    return _identity, _checked(hint)
+
+
+def _checked(expected: type[Any]) -> _Decoder:
+    accepted: tuple[type[Any], ...] = (float, int) if expected is float else (expected,)
+
+    def decode_value(value: Any, where: str) -> Any:
+        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+            raise ProtocolError(
+                f"{where}: expected {expected.__name__}, got {type(value).__name__}"
+            )
+        return value
+
+    return decode_value
+
+
+def _list_codec(item_hint: Any) -> tuple[_Encoder, _Decoder]:
+    if item_hint is Any:
+        return _identity, _checked(list)
+    encode_item, decode_item = _codec_for(item_hint)
+    check_list = _checked(list)
+
+    def decode_list(value: Any, where: str) -> list[Any]:
+        return [decode_item(item, where) for item in check_list(value, where)]
+
+    return lambda value: [encode_item(item) for item in value], decode_list
+
+
+def _union_codec(options: tuple[Any, ...]) -> tuple[_Encoder, _Decoder]:
+    is_optional = type(None) in options
+    codecs = [_codec_for(option) for option in options if option is not type(None)]
+
+    def encode_value(value: Any) -> Any:
+        return _struct_to_array(value) if isinstance(value, Struct) else value
+
+    def decode_value(value: Any, where: str) -> Any:
+        if value is None and is_optional:
+            return None
+        failure = ProtocolError(f"{where}: missing")
+        for _, decode_option in codecs:
+            try:
+                return decode_option(value, where)
+            except ProtocolError as error:
+                failure = error
+        raise failure
+
+    return encode_value, decode_value
+
+
+def _decode_fields(cls: type[Any], values: Any, where: str) -> Any:
+    codecs = _field_codecs(cls)
+    if not isinstance(values, list) or len(values) != len(codecs):
+        count = len(values) if isinstance(values, list) else type(values).__name__
+        raise ProtocolError(f"{where}: expected {len(codecs)} fields, got {count}")
+    return cls(
+        *(
+            decode_value(value, f"{where}.{name}")
+            for (name, _, decode_value), value in zip(codecs, values, strict=True)
+        )
+    )
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of ``message``."""
+    packed: bytes = msgpack.packb(
+        [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)], use_bin_type=True
+    )
+    return packed
+
+
+def decode(packed: bytes) -> Message:
+    """The message in ``packed``.
+
+    Raises:
+        ProtocolError: not msgpack, trailing bytes, another version, an unknown tag, or a field
+            that is missing, extra or of the wrong type; the text names it.
+    """
+    try:
+        values = msgpack.unpackb(packed, raw=False, strict_map_key=False)
+    except Exception as error:  # noqa: BLE001  msgpack raises many types on foreign bytes
+        raise ProtocolError(f"not a message: {type(error).__name__}: {error}") from None
+    if not isinstance(values, list) or len(values) < 2 or not isinstance(values[1], str):
+        raise ProtocolError("not a message: expected [version, tag, fields...]")
+    if values[0] != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"protocol version {values[0]!r}; this process speaks {PROTOCOL_VERSION}: "
+            "run the same ember_pp on both sides"
+        )
+    cls = _REGISTRY.get(values[1])
+    if cls is None:
+        raise ProtocolError(f"unknown message {values[1][:64]!r}")
+    decoded: Message = _decode_fields(cls, values[2:], cls.__name__)
+    return decoded

@@ -1,0 +1,211 @@
+"""What a request asks of the sampler and of the stop check.
+
+One frozen object, validated when it is made, in the order in which it is applied
+(``docs/sampling`` section of ``docs/batch.md``): logit_bias and min_tokens, repetition
+penalty, presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ember_pp.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGIT_BIAS_ENTRIES = 1024
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling and stop settings of one request.
+
+    Raises:
+        InvalidRequestError: a value has the wrong type or is out of range; names the field.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token, ties to the lowest id."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all. Tokens equal to the k-th are kept too."""
+    top_p: float = 1.0
+    """Keep the fewest tokens whose probability sums to this, of what top_k left; (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely; [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive, multiplies negative logits of tokens in prompt or output; above 0."""
+    presence_penalty: float = 0.0
+    """Subtracted once from tokens that the output has; [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence in the output; [-2, 2]."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of these token ids; values in [-100, 100]."""
+    seed: int | None = None
+    """Key of the random numbers; None lets the coordinator choose. [-2**63, 2**64)."""
+    max_tokens: int | None = None
+    """Most tokens to generate; None means up to the context length."""
+    min_tokens: int = 0
+    """End-of-text and stop tokens are not drawn before this many tokens."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends with any of these tokens, as with end-of-text."""
+    ignore_eos: bool = False
+    """Go on past the checkpoint's end-of-text tokens."""
+    logprobs: int | None = None
+    """Log-probabilities of the drawn token and of this many most likely ones; [0, 20]."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, low=0.0, high=100.0)
+        _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
+        _check_number("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        _check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            low=0.0,
+            high=100.0,
+            low_open=True,
+        )
+        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        _check_logit_bias(self.logit_bias)
+        if self.seed is not None:
+            _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, low=1, high=2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, low=0, high=2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}"
+            )
+        _check_stop(self.stop)
+        for token_id in _as_tuple("stop_token_ids", self.stop_token_ids):
+            _check_int("stop_token_ids", token_id, low=0, high=2**31 - 1)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name}: expected true or false")
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
+
+    @property
+    def is_greedy(self) -> bool:
+        """True when the draw is an argmax."""
+        return self.temperature == 0.0
+
+    @property
+    def needs_token_counts(self) -> bool:
+        """True when a penalty reads which tokens the prompt or the output has."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Build from plain values, e.g. a request body or a decoded message.
+
+        ``None`` means "not said" for every field; ``stop`` may be one string;
+        ``logit_bias`` keys may be decimal strings, as JSON needs.
+
+        Raises:
+            InvalidRequestError: an unknown field (with a suggestion), a wrong type or range.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        chosen: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in fields:
+                raise InvalidRequestError(f"{name}: not a sampling field{suggest(name, fields)}")
+            if value is None:
+                continue
+            if name == "stop":
+                value = (value,) if isinstance(value, str) else _as_tuple(name, value)
+            elif name == "stop_token_ids":
+                value = _as_tuple(name, value)
+            elif name == "logit_bias":
+                value = _int_keys(value)
+            chosen[name] = value
+        return cls(**chosen)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values of the fields that differ from their defaults, for ``from_mapping``."""
+        plain: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            default = {} if field.name == "logit_bias" else field.default
+            if value != default:
+                if isinstance(value, tuple):
+                    value = list(value)
+                plain[field.name] = dict(value) if isinstance(value, Mapping) else value
+        return plain
+
+
+def suggest(name: str, known: Any) -> str:
+    """``; did you mean 'x'?`` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _check_number(
+    name: str, value: Any, *, low: float, high: float, low_open: bool = False
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequestError(f"{name}: expected a number, got {value!r}")
+    if value < low or value > high or (low_open and value == low):
+        opening = "(" if low_open else "["
+        raise InvalidRequestError(f"{name}: expected {opening}{low:g}, {high:g}], got {value!r}")
+
+
+def _check_int(name: str, value: Any, *, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name}: expected a whole number, got {value!r}")
+    if not low <= value <= high:
+        raise InvalidRequestError(f"{name}: expected [{low}, {high}], got {value}")
+
+
+def _check_stop(stop: Any) -> None:
+    stop = _as_tuple("stop", stop)
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise InvalidRequestError(f"stop: expected non-empty strings, got {text!r}")
+        if len(text) > MAX_STOP_LENGTH:
+            raise InvalidRequestError(
+                f"stop: a string of {len(text)} characters; at most {MAX_STOP_LENGTH}"
+            )
+
+
+def _check_logit_bias(bias: Any) -> None:
+    if not isinstance(bias, Mapping):
+        raise InvalidRequestError(f"logit_bias: expected a map of token id to number, got {bias!r}")
+    if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
+        raise InvalidRequestError(
+            f"logit_bias: at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(bias)}"
+        )
+    for token_id, value in bias.items():
+        _check_int("logit_bias", token_id, low=0, high=2**31 - 1)
+        _check_number(f"logit_bias[{token_id}]", value, low=-100.0, high=100.0)
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise InvalidRequestError(f"{name}: expected a list, got {value!r}")
+    return tuple(value)
+
+
+def _int_keys(value: Any) -> dict[int, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"logit_bias: expected a map, got {value!r}")
+    try:
+        return {int(token_id): bias for token_id, bias in value.items()}
+    except (TypeError, ValueError):
+        raise InvalidRequestError("logit_bias: keys must be token ids") from None

@@ -1,0 +1,1 @@
+"""The edge between two stages: hidden states from sender to receiver, no host copy in between."""
