@@ -51,7 +51,8 @@ class PipelineSettings:
     """Number of stages, each a process with a contiguous slice of the layers."""
     devices: Any = "auto"
     """``auto``, ``cpu``, or a list with one device per stage such as ``[cuda:0,cuda:1]``;
-    a device may repeat. ``auto``: one GPU per stage while there are enough, else the CPU."""
+    a device may repeat. ``auto``: the GPUs in order, shared where there are fewer than stages;
+    the CPU where there is none."""
     split: Any = "auto"
     """``auto`` (by cost), ``equal``, or a list with the number of layers of each stage."""
     max_in_flight: int | None = None
@@ -163,6 +164,19 @@ class CoordinatorSettings:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DebugSettings:
+    """Looking inside a run; slow, off by default (``docs/debugging.md``)."""
+
+    tap: str | None = None
+    """Folder in which each stage writes the hidden states of every plan as safetensors."""
+    record: str | None = None
+    """File to which the coordinator writes the plans it issues, to be replayed."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BatchJob:
     """``job=batch``: every line of the input answered once in the output."""
 
@@ -262,6 +276,7 @@ class Config:
     scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    debug: DebugSettings = dataclasses.field(default_factory=DebugSettings)
     handoff: Literal["auto", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "reference"] = "auto"
@@ -286,6 +301,7 @@ def build(plain: Mapping[str, Any]) -> Config:
         config.scheduler,
         config.sampling,
         config.coordinator,
+        config.debug,
     ):
         part.check()
     return config

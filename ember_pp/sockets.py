@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,25 @@ def check_address(address: str) -> None:
         )
 
 
+def default_address() -> str:
+    """Where ``job=serve`` listens and ``job=status`` asks when no address is given.
+
+    The socket lies in a folder of this user, mode 0700, the same for each run.
+
+    Raises:
+        AddressError: the folder belongs to somebody else.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{_DIRECTORY_PREFIX}user-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if facts.st_uid != os.getuid() or stat.S_IMODE(facts.st_mode) != 0o700:
+        raise AddressError(
+            f"{folder} is not a private folder of this user; remove it or give "
+            "coordinator.address=ipc://PATH"
+        )
+    return f"ipc://{folder / 'coordinator.sock'}"
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -106,8 +126,7 @@ class RouterSocket:
         check_address(address)
         _refuse_occupied(address)
         self.address = address
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.linger = _LINGER_MS
+        self._socket = _make_socket(zmq.Context.instance(), zmq.ROUTER)
         self._socket.sndhwm = _SEND_QUEUE
         self._socket.rcvhwm = _SEND_QUEUE
         self._socket.maxmsgsize = max_message_bytes
@@ -258,9 +277,14 @@ class AsyncDealerSocket:
         self._context.term()
 
 
+def _make_socket(context: Any, kind: int) -> Any:  # Any: pyzmq's option attributes are dynamic
+    new_socket = context.socket(kind)
+    new_socket.linger = _LINGER_MS
+    return new_socket
+
+
 def _connect_dealer(context: Any, address: str, identity: bytes) -> Any:
-    dealer = context.socket(zmq.DEALER)
-    dealer.linger = _LINGER_MS
+    dealer = _make_socket(context, zmq.DEALER)
     dealer.sndhwm = 0  # a client bounds itself by its open requests, a stage by plans in flight
     dealer.rcvhwm = 0
     if identity:

@@ -1,0 +1,593 @@
+"""``Client`` and ``AsyncClient``: talk to a coordinator.
+
+    with Client("ipc:///run/user/1000/ember.sock") as client:
+        print(client.generate("The capital of France is", sampling={"max_tokens": 8}).text)
+        for delta in client.stream("Once upon a time"):
+            print(delta.text, end="", flush=True)
+
+Every wait has a deadline: a coordinator that has said nothing for ``timeout_s`` is asked for
+its status, and if it does not answer that either, ``DeadlineExceededError`` names it. Errors
+of the coordinator come back as the classes of ``ember_pp.errors``.
+
+Both clients share ``_Session``, which knows the protocol and no sockets. A client belongs to
+one thread (or one event loop); make one per thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from ember_pp import protocol
+from ember_pp.errors import (
+    DeadlineExceededError,
+    EmberError,
+    ProtocolError,
+    from_wire,
+)
+from ember_pp.protocol import TokenLogprobs
+from ember_pp.sampling_params import SamplingParams
+from ember_pp.sockets import AsyncDealerSocket, DealerSocket
+
+DEFAULT_TIMEOUT_S = 30.0
+_POLL_S = 0.1  # how often a wait looks at its liveness check
+
+Messages = Sequence[Mapping[str, Any]]
+Sampling = SamplingParams | Mapping[str, Any] | None
+_OwnerT = TypeVar("_OwnerT")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What is new of a streamed answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    """Generated ids, with the token that ended the answer."""
+    logprobs: list[TokenLogprobs]
+    """One per token id, or empty when not asked for."""
+    finish_reason: str
+    """``stop``, ``length`` or ``abort``."""
+    stop_reason: str | int | None
+    """The stop string or stop token id that ended it, if one did."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that were found in the prefix cache."""
+    num_output_tokens: int
+
+
+class _State:
+    """What has come for one request so far."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.deltas: collections.deque[Delta] = collections.deque()
+        self.completion: Completion | None = None
+        self.error: EmberError | None = None
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+
+    @property
+    def has_ended(self) -> bool:
+        return self.completion is not None or self.error is not None
+
+    def add(self, message: protocol.TokenDelta | protocol.Finished) -> None:
+        delta = Delta(
+            text=message.text,
+            token_ids=list(protocol.unpack_i32(message.token_ids)),
+            logprobs=message.logprobs,
+        )
+        self.text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        if delta.text or delta.token_ids:
+            self.deltas.append(delta)
+
+    def finish(self, message: protocol.Finished) -> None:
+        self.add(message)
+        self.completion = Completion(
+            request_id=self.request_id,
+            text="".join(self.text),
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=message.finish_reason,
+            stop_reason=message.stop_reason,
+            num_prompt_tokens=message.num_prompt_tokens,
+            num_cached_tokens=message.num_cached_tokens,
+            num_output_tokens=message.num_output_tokens,
+        )
+
+    def outcome(self) -> Completion:
+        """The completion; raises what the request failed with."""
+        if self.error is not None:
+            raise self.error
+        if self.completion is None:
+            raise AssertionError("the request has not ended")
+        return self.completion
+
+
+class _Session(Generic[_OwnerT]):
+    """The protocol of a client, without input or output.
+
+    ``_OwnerT`` is what the client hands to its user for a request: ``Request`` or
+    ``AsyncRequest``.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self.open: dict[str, tuple[_State, _OwnerT]] = {}
+        self.ended: collections.deque[_OwnerT] = collections.deque()
+        self.status: dict[str, Any] | None = None
+        self.num_cancelled: int | None = None
+        self.heard_at_s = time.monotonic()
+        self._asked_at_s: float | None = None
+
+    def submit(
+        self,
+        prompt: str | None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Sampling = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        request_id: str | None = None,
+        seed_key: str | None = None,
+    ) -> protocol.Submit:
+        if isinstance(sampling, SamplingParams):
+            sampling = sampling.to_mapping()
+        return protocol.Submit(
+            request_id=request_id or f"req-{uuid.uuid4().hex}",
+            prompt=prompt,
+            messages=None if messages is None else [dict(message) for message in messages],
+            token_ids=None if token_ids is None else protocol.pack_i32(token_ids),
+            sampling=dict(sampling or {}),
+            template_kwargs=dict(template_kwargs or {}),
+            stream=stream,
+            seed_key=seed_key or "",
+        )
+
+    def add(self, state: _State, owner: _OwnerT) -> None:
+        self.open[state.request_id] = (state, owner)
+
+    def handle(self, message: protocol.Message) -> None:
+        """Take one message of the coordinator."""
+        self.heard_at_s = time.monotonic()
+        self._asked_at_s = None
+        match message:
+            case protocol.StatusReply():
+                self.status = message.status
+            case protocol.CancelReply():
+                self.num_cancelled = message.num_cancelled
+            case protocol.Accepted():
+                pass
+            case protocol.RequestFailed(request_id="", error=error):
+                raise from_wire(error)
+            case protocol.RequestFailed():
+                self._end(message.request_id, error=from_wire(message.error))
+            case protocol.TokenDelta():
+                if message.request_id in self.open:
+                    self.open[message.request_id][0].add(message)
+            case protocol.Finished():
+                self._end(message.request_id, finished=message)
+            case _:
+                raise ProtocolError(f"{type(message).__name__} is no message for a client")
+
+    def _end(
+        self,
+        request_id: str,
+        *,
+        finished: protocol.Finished | None = None,
+        error: EmberError | None = None,
+    ) -> None:
+        state, owner = self.open.pop(request_id, (None, None))
+        if state is None or owner is None:
+            return  # it was given up already
+        if finished is not None:
+            state.finish(finished)
+        state.error = error
+        self.ended.append(owner)
+
+    def needs_sign_of_life(self) -> bool:
+        """True when the coordinator has been silent for long and should be asked for status.
+
+        Raises:
+            DeadlineExceededError: it was asked and has not answered either.
+        """
+        now_s = time.monotonic()
+        if self._asked_at_s is not None and now_s - self._asked_at_s > self.timeout_s:
+            raise DeadlineExceededError(
+                f"no answer from a coordinator at {self.address} for {self.timeout_s:g} s; "
+                "is it running? (./launch.sh job=serve coordinator.address=...)"
+            )
+        if self._asked_at_s is None and now_s - self.heard_at_s > self.timeout_s / 2:
+            self._asked_at_s = now_s
+            return True
+        return False
+
+
+class Request:
+    """A submitted request of a ``Client``; iterate it to stream, or ask for its ``result``."""
+
+    def __init__(self, client: Client, state: _State) -> None:
+        self._client = client
+        self._state = state
+
+    @property
+    def request_id(self) -> str:
+        """Name of the request at the coordinator."""
+        return self._state.request_id
+
+    def result(self, timeout_s: float | None = None) -> Completion:
+        """The whole answer; waits for it, at most ``timeout_s`` where given.
+
+        Raises:
+            DeadlineExceededError: the time is over, or the coordinator does not answer.
+            EmberError: what the request failed with.
+        """
+        self._client._wait_until(
+            lambda: self._state.has_ended, timeout_s, f"request {self.request_id}"
+        )
+        return self._state.outcome()
+
+    def __iter__(self) -> Iterator[Delta]:
+        """Parts of the answer as they come; raises as ``result`` does."""
+        while True:
+            self._client._wait_until(
+                lambda: bool(self._state.deltas) or self._state.has_ended,
+                None,
+                f"request {self.request_id}",
+            )
+            while self._state.deltas:
+                yield self._state.deltas.popleft()
+            if self._state.has_ended:
+                self._state.outcome()
+                return
+
+    def cancel(self) -> None:
+        """End the request; its ``finish_reason`` is then ``abort``."""
+        self._client.cancel([self.request_id])
+
+
+class Client:
+    """A connection to a coordinator, for one thread.
+
+    Args:
+        address: ``ipc://PATH`` or ``tcp://HOST:PORT``.
+        timeout_s: silence after which the coordinator counts as gone.
+        check_alive: called often while waiting; may raise to end the wait.
+
+    Raises:
+        AddressError: the address is malformed or not allowed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        check_alive: Callable[[], None] | None = None,
+    ) -> None:
+        self._socket = DealerSocket(address)
+        self._session: _Session[Request] = _Session(address, timeout_s)
+        self._check_alive = check_alive
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is open and disconnect."""
+        open_ids = list(self._session.open)
+        if open_ids:
+            self._socket.send(protocol.Cancel(open_ids, everyone=False))
+        self._socket.close()
+
+    def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        token_ids: Sequence[int] | None = None,
+        sampling: Sampling = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        request_id: str | None = None,
+        seed_key: str | None = None,
+    ) -> Request:
+        """Send a request and return at once.
+
+        Args:
+            prompt: text to continue; or
+            messages: a chat, maps with ``role`` and ``content``; or
+            token_ids: a prompt as token ids. Exactly one of the three.
+            sampling: fields of ``SamplingParams``; what is not said takes the defaults of the
+                checkpoint and of the coordinator.
+            template_kwargs: names for the chat template, e.g. ``{"enable_thinking": False}``.
+            stream: send the answer in parts as it is made.
+            request_id: name for the request; made up when None.
+            seed_key: requests without ``seed`` but with the same key draw the same tokens.
+
+        Refusals arrive through ``Request.result``.
+        """
+        submit = self._session.submit(
+            prompt,
+            messages=messages,
+            token_ids=token_ids,
+            sampling=sampling,
+            template_kwargs=template_kwargs,
+            stream=stream,
+            request_id=request_id,
+            seed_key=seed_key,
+        )
+        state = _State(submit.request_id)
+        request = Request(self, state)
+        self._session.add(state, request)
+        self._socket.send(submit)
+        return request
+
+    def generate(self, prompt: str | None = None, **options: Any) -> Completion:
+        """Submit and wait for the whole answer; options as in ``submit``."""
+        return self.submit(prompt, **options).result()
+
+    def chat(self, messages: Messages, **options: Any) -> Completion:
+        """Submit chat messages and wait for the answer; options as in ``submit``."""
+        return self.submit(messages=messages, **options).result()
+
+    def stream(self, prompt: str | None = None, **options: Any) -> Iterator[Delta]:
+        """Submit and yield the answer in parts; leaving the loop early cancels the request."""
+        request = self.submit(prompt, stream=True, **options)
+        try:
+            yield from request
+        finally:
+            if not request._state.has_ended:
+                request.cancel()
+
+    def wait_any(self, timeout_s: float | None = None) -> list[Request]:
+        """Requests that ended, well or not, since the last call; waits for the first of them.
+
+        Returns an empty list when ``timeout_s`` is over or nothing is open.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._session.ended and self._session.open:
+            remaining_s = _remaining(deadline_s)
+            if remaining_s <= 0:
+                break
+            self._pump(remaining_s)
+        self._pump(0.0)
+        ended = list(self._session.ended)
+        self._session.ended.clear()
+        return ended
+
+    def cancel(self, request_ids: Sequence[str] = (), *, everyone: bool = False) -> int:
+        """End requests of this client, or with ``everyone`` any client's (no ids: all).
+
+        Returns:
+            How many were ended.
+        """
+        self._session.num_cancelled = None
+        self._socket.send(protocol.Cancel(list(request_ids), everyone))
+        timeout_s = self._session.timeout_s
+        self._wait_until(
+            lambda: self._session.num_cancelled is not None, timeout_s, "the answer to cancel"
+        )
+        return self._session.num_cancelled or 0
+
+    def status(self) -> dict[str, Any]:
+        """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""
+        self._session.status = None
+        self._socket.send(protocol.Status())
+        timeout_s = self._session.timeout_s
+        self._wait_until(
+            lambda: self._session.status is not None,
+            timeout_s,
+            f"status of a coordinator at {self._session.address}",
+        )
+        return self._session.status or {}
+
+    def _wait_until(
+        self, is_done: Callable[[], bool], timeout_s: float | None, awaited: str
+    ) -> None:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while not is_done():
+            remaining_s = _remaining(deadline_s)
+            if remaining_s <= 0:
+                raise DeadlineExceededError(f"{awaited}: nothing came within {timeout_s:g} s")
+            self._pump(remaining_s)
+
+    def _pump(self, timeout_s: float) -> None:
+        """Take what has come; if nothing has, wait a little and look at the coordinator."""
+        message = self._socket.receive(min(timeout_s, _POLL_S))
+        if message is None:
+            if self._check_alive is not None:
+                self._check_alive()
+            if self._session.open and self._session.needs_sign_of_life():
+                self._socket.send(protocol.Status())
+            return
+        while message is not None:
+            self._session.handle(message)
+            message = self._socket.receive(0.0)
+
+
+class AsyncRequest:
+    """A submitted request of an ``AsyncClient``; ``async for`` streams it."""
+
+    def __init__(self, client: AsyncClient, state: _State) -> None:
+        self._client = client
+        self._state = state
+
+    @property
+    def request_id(self) -> str:
+        """Name of the request at the coordinator."""
+        return self._state.request_id
+
+    async def result(self, timeout_s: float | None = None) -> Completion:
+        """The whole answer; raises as ``Request.result`` does."""
+        await self._client._wait_until(
+            lambda: self._state.has_ended, timeout_s, f"request {self.request_id}"
+        )
+        return self._state.outcome()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Parts of the answer as they come."""
+        while True:
+            await self._client._wait_until(
+                lambda: bool(self._state.deltas) or self._state.has_ended,
+                None,
+                f"request {self.request_id}",
+            )
+            while self._state.deltas:
+                yield self._state.deltas.popleft()
+            if self._state.has_ended:
+                self._state.outcome()
+                return
+
+    async def cancel(self) -> None:
+        """End the request; its ``finish_reason`` is then ``abort``."""
+        await self._client.cancel([self.request_id])
+
+
+class AsyncClient:
+    """A connection to a coordinator for asyncio; tasks of one event loop may share it.
+
+    Use it as ``async with AsyncClient(address) as client``. Arguments, errors and meaning are
+    those of ``Client``.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._socket = AsyncDealerSocket(address)
+        self._session: _Session[AsyncRequest] = _Session(address, timeout_s)
+        self._news = asyncio.Condition()
+        self._failure: EmberError | None = None
+        self._receiver: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> AsyncClient:
+        self._receiver = asyncio.create_task(self._receive_all())
+        return self
+
+    async def __aexit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what is open and disconnect."""
+        if self._receiver is not None:
+            self._receiver.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._receiver
+        open_ids = list(self._session.open)
+        if open_ids:
+            await self._socket.send(protocol.Cancel(open_ids, everyone=False))
+        self._socket.close()
+
+    async def submit(self, prompt: str | None = None, **options: Any) -> AsyncRequest:
+        """Send a request and return at once; options as in ``Client.submit``."""
+        submit = self._session.submit(prompt, **options)
+        state = _State(submit.request_id)
+        request = AsyncRequest(self, state)
+        self._session.add(state, request)
+        await self._socket.send(submit)
+        return request
+
+    async def generate(self, prompt: str | None = None, **options: Any) -> Completion:
+        """Submit and wait for the whole answer."""
+        return await (await self.submit(prompt, **options)).result()
+
+    async def chat(self, messages: Messages, **options: Any) -> Completion:
+        """Submit chat messages and wait for the answer."""
+        return await (await self.submit(messages=messages, **options)).result()
+
+    async def stream(self, prompt: str | None = None, **options: Any) -> AsyncIterator[Delta]:
+        """Submit and yield the answer in parts; leaving the loop early cancels the request."""
+        request = await self.submit(prompt, stream=True, **options)
+        try:
+            async for delta in request:
+                yield delta
+        finally:
+            if not request._state.has_ended:
+                await request.cancel()
+
+    async def cancel(self, request_ids: Sequence[str] = (), *, everyone: bool = False) -> int:
+        """End requests of this client, or with ``everyone`` any client's (no ids: all)."""
+        self._session.num_cancelled = None
+        await self._socket.send(protocol.Cancel(list(request_ids), everyone))
+        await self._wait_until(
+            lambda: self._session.num_cancelled is not None,
+            self._session.timeout_s,
+            "the answer to cancel",
+        )
+        return self._session.num_cancelled or 0
+
+    async def status(self) -> dict[str, Any]:
+        """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""
+        self._session.status = None
+        await self._socket.send(protocol.Status())
+        await self._wait_until(
+            lambda: self._session.status is not None,
+            self._session.timeout_s,
+            f"status of a coordinator at {self._session.address}",
+        )
+        return self._session.status or {}
+
+    async def _wait_until(
+        self, is_done: Callable[[], bool], timeout_s: float | None, awaited: str
+    ) -> None:
+        def is_over() -> bool:
+            return self._failure is not None or is_done()
+
+        try:
+            async with asyncio.timeout(timeout_s), self._news:
+                await self._news.wait_for(is_over)
+        except TimeoutError:
+            raise DeadlineExceededError(f"{awaited}: nothing came within {timeout_s:g} s") from None
+        if self._failure is not None and not is_done():
+            raise self._failure
+
+    async def _receive_all(self) -> None:
+        """The one task that reads the socket; it wakes everyone who waits for news."""
+        while self._failure is None:
+            try:
+                message = await self._socket.receive(1.0)
+                if message is not None:
+                    self._session.handle(message)
+                elif self._session.open and self._session.needs_sign_of_life():
+                    await self._socket.send(protocol.Status())
+            except EmberError as error:
+                self._failure = error
+            self._session.ended.clear()
+            async with self._news:
+                self._news.notify_all()
+
+
+def _remaining(deadline_s: float | None) -> float:
+    return _POLL_S if deadline_s is None else deadline_s - time.monotonic()
