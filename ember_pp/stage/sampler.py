@@ -1,0 +1,489 @@
+"""The sampler of the last stage: parameters and token history per slot, one call per plan.
+
+The maths is in ``ember_pp.kernels.sampling``; here it is decided which rows need what. What a
+row draws depends on its logits, its slot's parameters, its history, its seed and its position:
+never on the other rows, the slot number or the number of stages.
+
+Legend: N rows that sample, V vocabulary, M entries of a sparse list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ember_pp import protocol
+from ember_pp.errors import EmberError, ProtocolError
+from ember_pp.kernels import sampling
+from ember_pp.sampling_params import SamplingParams
+
+_MAX_CACHED_BATCHES = 32  # one per micro-batch roster, and some with prefills beside it
+_SMALLEST_TEMPERATURE = 1e-30  # float32 holds it; below, 0 / temperature would be NaN
+_FIRST_LOG_CAPACITY = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _TopLogprobs:
+    rows: list[int]
+    num_top: list[int]
+    drawn: Tensor  # [R] f32
+    ids: Tensor  # [R, n] int64
+    logprobs: Tensor  # [R, n] f32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SampledTokens:
+    """What one plan drew. The tensors stay on the device until they are read."""
+
+    token_ids: Tensor
+    """[N] int64 on the sampler's device; see ``read`` for what a broken row holds."""
+    slots: tuple[int, ...]
+    positions: tuple[int, ...]
+    _top: _TopLogprobs | None
+
+    def read(self) -> list[int]:
+        """The token ids on the host; waits for the device.
+
+        Raises:
+            EmberError: a row's logits were NaN or infinite, so that nothing could be drawn
+                (``sampling.NO_TOKEN`` in ``token_ids``); names slot and position.
+        """
+        token_ids: list[int] = self.token_ids.tolist()
+        if sampling.NO_TOKEN in token_ids:
+            row = token_ids.index(sampling.NO_TOKEN)
+            raise EmberError(
+                f"slot {self.slots[row]}, position {self.positions[row]}: the model's logits are "
+                "NaN or infinite; check the checkpoint, or run with model.dtype=float32"
+            )
+        return token_ids
+
+    @property
+    def logprobs(self) -> list[protocol.TokenLogprobs | None]:
+        """One per row, None where not asked for; empty when no row asks. Waits for the device."""
+        if self._top is None:
+            return []
+        packed: list[protocol.TokenLogprobs | None] = [None] * len(self.slots)
+        drawn, ids, logprobs = (
+            self._top.drawn.tolist(),
+            self._top.ids.tolist(),
+            self._top.logprobs.tolist(),
+        )
+        for index, (row, num_top) in enumerate(zip(self._top.rows, self._top.num_top, strict=True)):
+            packed[row] = protocol.TokenLogprobs(
+                logprob=drawn[index],
+                top_ids=protocol.pack_i32(ids[index][:num_top]),
+                top_logprobs=protocol.pack_f32(logprobs[index][:num_top]),
+            )
+        return packed
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _SlotState:
+    """What a slot's sequence asks for, and the prompt tokens that a penalty counts."""
+
+    params: SamplingParams
+    seed: int
+    num_prompt_tokens: int
+    prompt_ids: Tensor | None  # [P] int64, each id once
+    forbidden_ids: tuple[int, ...]  # until min_tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Draw:
+    """Rows that are drawn in the same way, with their settings, each [R] on the device."""
+
+    rows: Tensor | None  # [R] int64; None: all rows
+    seeds: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Penalties:
+    """Rows with a penalty, their settings per row [R], and their prompts' tokens as pairs."""
+
+    rows: list[int]
+    slots: list[int]
+    num_prompt_tokens: list[int]
+    row_index: Tensor  # [R] int64
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    prompt_rows: Tensor  # [M] int64
+    prompt_ids: Tensor  # [M] int64
+    prompt_repetition: Tensor  # [M]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Everything about a list of slots that does not change from step to step."""
+
+    is_greedy: bool
+    greedy_rows: Tensor | None  # None: no row
+    plain: _Draw | None
+    truncated: _Draw | None
+    bias: tuple[Tensor, Tensor, Tensor] | None  # rows, ids, values, [M] each
+    penalties: _Penalties | None
+    delayed: list[tuple[int, int, tuple[int, ...]]]  # row, first free position, forbidden ids
+    logprob_rows: list[int]
+    logprob_row_index: Tensor | None
+    num_top: list[int]
+
+
+class _OutputLog:
+    """Output token ids of the slots that a penalty counts: a pool row each, grown on demand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.empty(0, _FIRST_LOG_CAPACITY, dtype=torch.int64, device=device)
+        self._pool_rows: dict[int, int] = {}
+        self._free: list[int] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return self._pool.numel() * self._pool.element_size()
+
+    def open(self, slot: int, output_ids: Sequence[int]) -> None:
+        """Give ``slot`` a pool row that holds ``output_ids``."""
+        if not self._free:
+            self._grow_rows()
+        row = self._pool_rows[slot] = self._free.pop()
+        self._reserve(len(output_ids))
+        if output_ids:
+            self._pool[row, : len(output_ids)] = _int_tensor(output_ids, self._device)
+
+    def close(self, slot: int) -> None:
+        """Give the slot's pool row back, if it has one."""
+        row = self._pool_rows.pop(slot, None)
+        if row is not None:
+            self._free.append(row)
+
+    def append(self, slots: Sequence[int], lengths: Sequence[int], token_ids: Tensor) -> None:
+        """Write one token per slot at index ``lengths`` of its output."""
+        self._reserve(max(lengths) + 1)
+        rows = _int_tensor([self._pool_rows[slot] for slot in slots], self._device)
+        self._pool[rows, _int_tensor(lengths, self._device)] = token_ids
+
+    def read(self, slots: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The first ``lengths`` ids of each slot, end to end: index into ``slots`` [M], ids [M]."""
+        lengths_tensor = _int_tensor(lengths, self._device)
+        total = sum(lengths)
+        owner = torch.repeat_interleave(
+            torch.arange(len(slots), device=self._device), lengths_tensor, output_size=total
+        )
+        starts = lengths_tensor.cumsum(0) - lengths_tensor
+        columns = torch.arange(total, device=self._device) - starts[owner]
+        rows = _int_tensor([self._pool_rows[slot] for slot in slots], self._device)
+        return owner, self._pool[rows[owner], columns]
+
+    def _grow_rows(self) -> None:
+        held, capacity = self._pool.shape
+        added = max(held, 4)
+        extra = torch.empty(added, capacity, dtype=torch.int64, device=self._device)
+        self._pool = torch.cat([self._pool, extra])
+        self._free.extend(range(held, held + added))
+
+    def _reserve(self, length: int) -> None:
+        held, capacity = self._pool.shape
+        if length <= capacity:
+            return
+        pool = torch.empty(held, max(length, 2 * capacity), dtype=torch.int64, device=self._device)
+        pool[:, :capacity] = self._pool
+        self._pool = pool
+
+
+class Sampler:
+    """Draws the next token of every row that samples, by its slot's parameters.
+
+    Args:
+        vocab_size: V, columns of the logits.
+        max_slots: slots are in ``[0, max_slots)``.
+        eos_token_ids: not drawn while a sequence has fewer than ``min_tokens`` output tokens.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_slots: int,
+        eos_token_ids: Iterable[int],
+        device: torch.device | str,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._device = torch.device(device)
+        self._states: list[_SlotState | None] = [None] * max_slots
+        self._log = _OutputLog(self._device)
+        self._batches: dict[tuple[int, ...], _Batch] = {}
+
+    def open(self, opened: protocol.OpenSlot) -> None:
+        """A sequence takes a slot; what was there before is forgotten.
+
+        Raises:
+            InvalidRequestError: ``opened.sampling`` has a bad field.
+            ProtocolError: a penalty needs earlier output tokens that ``opened`` does not carry.
+        """
+        params = SamplingParams.from_mapping(opened.sampling)
+        slot = opened.slot
+        self._log.close(slot)
+        prompt_ids = None
+        if params.needs_token_counts:
+            output_ids = protocol.unpack_i32(opened.output_ids)
+            if len(output_ids) != opened.num_output_tokens:
+                raise ProtocolError(
+                    f"OpenSlot.output_ids: slot {slot} has {opened.num_output_tokens} output "
+                    f"tokens and a penalty, but {len(output_ids)} ids came"
+                )
+            unique = sorted(set(protocol.unpack_i32(opened.prompt_ids)))
+            prompt_ids = _int_tensor(unique, self._device)
+            self._log.open(slot, output_ids)
+        self._states[slot] = _SlotState(
+            params=params,
+            seed=opened.seed,
+            num_prompt_tokens=opened.num_prompt_tokens,
+            prompt_ids=prompt_ids,
+            forbidden_ids=self._forbidden_ids(params),
+        )
+        for slots in [slots for slots in self._batches if slot in slots]:
+            del self._batches[slots]
+
+    def sample(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]
+    ) -> SampledTokens:
+        """Draw one token per row and count it as output of its slot.
+
+        Shapes: logits [N, V] float32, left unchanged; ``slots`` and ``positions`` have N
+        entries, a slot at most once. A position is the index in its sequence of the token to be
+        drawn. Nothing waits for a CUDA device.
+
+        Raises:
+            EmberError: on CPU, a row's logits are NaN or infinite; on CUDA, see
+                ``SampledTokens.read``.
+        """
+        slots_key = tuple(slots)
+        assert logits.shape == (len(slots_key), self._vocab_size), logits.shape
+        batch = self._batch(slots_key)
+        if not slots_key:
+            empty = torch.empty(0, dtype=torch.int64, device=self._device)
+            return SampledTokens(empty, (), (), None)
+        token_ids = self._draw(batch, self._adjusted(batch, logits, positions), positions)
+        sampled = SampledTokens(
+            token_ids, slots_key, tuple(positions), self._top_logprobs(batch, logits, token_ids)
+        )
+        if self._device.type == "cpu":
+            sampled.read()
+        if batch.penalties is not None:
+            penalties = batch.penalties
+            self._log.append(
+                penalties.slots,
+                _output_lengths(penalties, positions),
+                token_ids[penalties.row_index].clamp(min=0),
+            )
+        return sampled
+
+    # what changes the logits
+
+    def _adjusted(self, batch: _Batch, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        forbidden = [
+            (row, token_id)
+            for row, first_free, token_ids in batch.delayed
+            if positions[row] < first_free
+            for token_id in token_ids
+        ]
+        if batch.bias is None and batch.penalties is None and not forbidden:
+            return logits
+        adjusted = logits.clone()
+        if batch.bias is not None:
+            sampling.add_logit_bias(adjusted, *batch.bias)
+        if forbidden:
+            rows, token_ids = _int_tensor(forbidden, self._device).T
+            sampling.forbid_tokens(adjusted, rows, token_ids)
+        if batch.penalties is not None:
+            self._apply_penalties(batch.penalties, adjusted, positions)
+        return adjusted
+
+    def _apply_penalties(
+        self, penalties: _Penalties, logits: Tensor, positions: Sequence[int]
+    ) -> None:
+        owner, output_ids = self._log.read(penalties.slots, _output_lengths(penalties, positions))
+        output_rows = penalties.row_index[owner]
+        sampling.apply_repetition_penalty(
+            logits,
+            torch.cat([penalties.prompt_rows, output_rows]),
+            torch.cat([penalties.prompt_ids, output_ids]),
+            torch.cat([penalties.prompt_repetition, penalties.repetition[owner]]),
+        )
+        sampling.apply_output_penalties(
+            logits, output_rows, output_ids, penalties.presence[owner], penalties.frequency[owner]
+        )
+
+    def _forbidden_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        if params.min_tokens == 0:
+            return ()
+        forbidden = sorted({*self._eos_token_ids, *params.stop_token_ids})
+        # Forbidding every token would leave nothing to draw: then none is.
+        return tuple(forbidden) if len(forbidden) < self._vocab_size else ()
+
+    # draws
+
+    def _draw(self, batch: _Batch, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        if batch.is_greedy:
+            return sampling.argmax_tokens(logits)
+        token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=self._device)
+        all_positions = _int_tensor(positions, self._device)
+        if batch.greedy_rows is not None:
+            token_ids[batch.greedy_rows] = sampling.argmax_tokens(logits[batch.greedy_rows])
+        for draw in (batch.plain, batch.truncated):
+            if draw is None:
+                continue
+            rows = slice(None) if draw.rows is None else draw.rows
+            token_ids[rows] = _draw_rows(draw, logits[rows], all_positions[rows], batch)
+        return token_ids
+
+    def _top_logprobs(
+        self, batch: _Batch, logits: Tensor, token_ids: Tensor
+    ) -> _TopLogprobs | None:
+        rows = batch.logprob_row_index
+        if rows is None:
+            return None
+        drawn, ids, logprobs = sampling.top_logprobs(
+            logits[rows], token_ids[rows], max(batch.num_top)
+        )
+        return _TopLogprobs(batch.logprob_rows, batch.num_top, drawn, ids, logprobs)
+
+    # what is the same from step to step
+
+    def _batch(self, slots: tuple[int, ...]) -> _Batch:
+        batch = self._batches.pop(slots, None)
+        if batch is None:
+            batch = self._build_batch([self._state(slot) for slot in slots], slots)
+            if len(self._batches) >= _MAX_CACHED_BATCHES:
+                del self._batches[next(iter(self._batches))]
+        self._batches[slots] = batch  # last place: used last
+        return batch
+
+    def _state(self, slot: int) -> _SlotState:
+        state = self._states[slot]
+        assert state is not None, f"slot {slot} samples but was never opened"
+        return state
+
+    def _build_batch(self, states: list[_SlotState], slots: tuple[int, ...]) -> _Batch:
+        greedy = [row for row, state in enumerate(states) if state.params.is_greedy]
+        drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
+        plain = [row for row in drawn if not _is_truncated(states[row].params)]
+        truncated = [row for row in drawn if _is_truncated(states[row].params)]
+        logprob_rows = [row for row, s in enumerate(states) if s.params.logprobs is not None]
+        return _Batch(
+            is_greedy=not drawn,
+            greedy_rows=_int_tensor(greedy, self._device) if greedy else None,
+            plain=self._build_draw(states, plain),
+            truncated=self._build_draw(states, truncated),
+            bias=self._build_bias(states),
+            penalties=self._build_penalties(states, slots),
+            delayed=[
+                (row, s.num_prompt_tokens + s.params.min_tokens, s.forbidden_ids)
+                for row, s in enumerate(states)
+                if s.forbidden_ids
+            ],
+            logprob_rows=logprob_rows,
+            logprob_row_index=_int_tensor(logprob_rows, self._device) if logprob_rows else None,
+            num_top=[states[row].params.logprobs or 0 for row in logprob_rows],
+        )
+
+    def _build_draw(self, states: list[_SlotState], rows: list[int]) -> _Draw | None:
+        if not rows:
+            return None
+        params = [states[row].params for row in rows]
+        device = self._device
+        return _Draw(
+            rows=None if len(rows) == len(states) else _int_tensor(rows, device),
+            seeds=_int_tensor([_signed(states[row].seed) for row in rows], device),
+            temperature=_float_tensor(
+                [max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], device
+            ),
+            top_k=_int_tensor([min(p.top_k, self._vocab_size) for p in params], device),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+            min_p=_float_tensor([p.min_p for p in params], device),
+        )
+
+    def _build_bias(self, states: list[_SlotState]) -> tuple[Tensor, Tensor, Tensor] | None:
+        entries = [
+            (row, token_id, bias)
+            for row, state in enumerate(states)
+            for token_id, bias in state.params.logit_bias.items()
+        ]
+        if not entries:
+            return None
+        rows, token_ids, values = zip(*entries, strict=True)
+        device = self._device
+        return (
+            _int_tensor(rows, device),
+            _int_tensor(token_ids, device),
+            _float_tensor(values, device),
+        )
+
+    def _build_penalties(
+        self, states: list[_SlotState], slots: tuple[int, ...]
+    ) -> _Penalties | None:
+        rows = [row for row, state in enumerate(states) if state.prompt_ids is not None]
+        if not rows:
+            return None
+        chosen = [states[row] for row in rows]
+        prompts = [state.prompt_ids for state in chosen if state.prompt_ids is not None]
+        row_index = _int_tensor(rows, self._device)
+        repetition = _float_tensor([s.params.repetition_penalty for s in chosen], self._device)
+        owner = torch.repeat_interleave(
+            torch.arange(len(rows), device=self._device),
+            _int_tensor([len(ids) for ids in prompts], self._device),
+            output_size=sum(len(ids) for ids in prompts),
+        )
+        return _Penalties(
+            rows=rows,
+            slots=[slots[row] for row in rows],
+            num_prompt_tokens=[state.num_prompt_tokens for state in chosen],
+            row_index=row_index,
+            repetition=repetition,
+            presence=_float_tensor([s.params.presence_penalty for s in chosen], self._device),
+            frequency=_float_tensor([s.params.frequency_penalty for s in chosen], self._device),
+            prompt_rows=row_index[owner],
+            prompt_ids=torch.cat(prompts),
+            prompt_repetition=repetition[owner],
+        )
+
+
+def _draw_rows(draw: _Draw, logits: Tensor, positions: Tensor, batch: _Batch) -> Tensor:
+    if draw is batch.plain:
+        return sampling.draw_tokens(logits, draw.temperature, draw.seeds, positions)
+    return sampling.draw_truncated_tokens(
+        logits, draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.seeds, positions
+    )
+
+
+def _is_truncated(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _output_lengths(penalties: _Penalties, positions: Sequence[int]) -> list[int]:
+    return [
+        positions[row] - num_prompt_tokens
+        for row, num_prompt_tokens in zip(penalties.rows, penalties.num_prompt_tokens, strict=True)
+    ]
+
+
+def _signed(seed: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit ``seed``."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _int_tensor(values: Sequence[int] | Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _float_tensor(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
