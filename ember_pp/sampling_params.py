@@ -1,7 +1,7 @@
 """What a request asks of the sampler and of the stop check.
 
 One frozen object, validated when it is made, in the order in which it is applied
-(``docs/sampling`` section of ``docs/batch.md``): logit_bias and min_tokens, repetition
+(``docs/sampling.md``): logit_bias and min_tokens, repetition
 penalty, presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,9 @@ from ember_pp.errors import InvalidRequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGIT_BIAS_ENTRIES = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
+_MAX_SHOWN = 80
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely; [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive, multiplies negative logits of tokens in prompt or output; above 0."""
+    """Divides positive, multiplies negative logits of tokens in prompt or output; [0.01, 100]."""
     presence_penalty: float = 0.0
     """Subtracted once from tokens that the output has; [-2, 2]."""
     frequency_penalty: float = 0.0
@@ -67,13 +68,7 @@ class SamplingParams:
         _check_int("top_k", self.top_k, low=0, high=2**31 - 1)
         _check_number("top_p", self.top_p, low=0.0, high=1.0, low_open=True)
         _check_number("min_p", self.min_p, low=0.0, high=1.0)
-        _check_number(
-            "repetition_penalty",
-            self.repetition_penalty,
-            low=0.0,
-            high=100.0,
-            low_open=True,
-        )
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.01, high=100.0)
         _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         _check_logit_bias(self.logit_bias)
@@ -87,11 +82,11 @@ class SamplingParams:
                 f"min_tokens: {self.min_tokens} is above max_tokens {self.max_tokens}"
             )
         _check_stop(self.stop)
-        for token_id in _as_tuple("stop_token_ids", self.stop_token_ids):
-            _check_int("stop_token_ids", token_id, low=0, high=2**31 - 1)
+        _check_stop_token_ids(self.stop_token_ids)
         for name in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name}: expected true or false")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidRequestError(f"{name}: expected true or false, got {_shown(value)}")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
 
@@ -119,11 +114,14 @@ class SamplingParams:
         Raises:
             InvalidRequestError: an unknown field (with a suggestion), a wrong type or range.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidRequestError(f"sampling: expected a map of fields, got {_shown(values)}")
         fields = {field.name for field in dataclasses.fields(cls)}
         chosen: dict[str, Any] = {}
         for name, value in values.items():
             if name not in fields:
-                raise InvalidRequestError(f"{name}: not a sampling field{suggest(name, fields)}")
+                shown = name[:_MAX_SHOWN] if isinstance(name, str) else _shown(name)
+                raise InvalidRequestError(f"{shown}: not a sampling field{suggest(shown, fields)}")
             if value is None:
                 continue
             if name == "stop":
@@ -148,27 +146,54 @@ class SamplingParams:
         return plain
 
 
+def check_against_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse token ids that a vocabulary of ``vocab_size`` tokens does not have.
+
+    Raises:
+        InvalidRequestError: an id in ``logit_bias`` or ``stop_token_ids`` is too large; names
+            the field and the id.
+    """
+    named = (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids))
+    for name, token_ids in named:
+        largest = max(token_ids, default=0)
+        if largest >= vocab_size:
+            raise InvalidRequestError(
+                f"{name}: token id {largest} is not in the vocabulary of {vocab_size} tokens"
+            )
+
+
 def suggest(name: str, known: Any) -> str:
     """``; did you mean 'x'?`` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def _shown(value: Any) -> str:
+    """``repr`` for an error message: bounded, and never an error itself."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of thousands of digits
+        return "a number of too many digits"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
+
+
 def _check_number(
     name: str, value: Any, *, low: float, high: float, low_open: bool = False
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequestError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise InvalidRequestError(f"{name}: expected a number, got {_shown(value)}")
     if value < low or value > high or (low_open and value == low):
         opening = "(" if low_open else "["
-        raise InvalidRequestError(f"{name}: expected {opening}{low:g}, {high:g}], got {value!r}")
+        raise InvalidRequestError(
+            f"{name}: expected {opening}{low:g}, {high:g}], got {_shown(value)}"
+        )
 
 
 def _check_int(name: str, value: Any, *, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(f"{name}: expected a whole number, got {value!r}")
+        raise InvalidRequestError(f"{name}: expected a whole number, got {_shown(value)}")
     if not low <= value <= high:
-        raise InvalidRequestError(f"{name}: expected [{low}, {high}], got {value}")
+        raise InvalidRequestError(f"{name}: expected [{low}, {high}], got {_shown(value)}")
 
 
 def _check_stop(stop: Any) -> None:
@@ -177,16 +202,28 @@ def _check_stop(stop: Any) -> None:
         raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     for text in stop:
         if not isinstance(text, str) or not text:
-            raise InvalidRequestError(f"stop: expected non-empty strings, got {text!r}")
+            raise InvalidRequestError(f"stop: expected non-empty strings, got {_shown(text)}")
         if len(text) > MAX_STOP_LENGTH:
             raise InvalidRequestError(
                 f"stop: a string of {len(text)} characters; at most {MAX_STOP_LENGTH}"
             )
 
 
+def _check_stop_token_ids(token_ids: Any) -> None:
+    token_ids = _as_tuple("stop_token_ids", token_ids)
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} ids, got {len(token_ids)}"
+        )
+    for token_id in token_ids:
+        _check_int("stop_token_ids", token_id, low=0, high=2**31 - 1)
+
+
 def _check_logit_bias(bias: Any) -> None:
     if not isinstance(bias, Mapping):
-        raise InvalidRequestError(f"logit_bias: expected a map of token id to number, got {bias!r}")
+        raise InvalidRequestError(
+            f"logit_bias: expected a map of token id to number, got {_shown(bias)}"
+        )
     if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
         raise InvalidRequestError(
             f"logit_bias: at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(bias)}"
@@ -198,14 +235,28 @@ def _check_logit_bias(bias: Any) -> None:
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise InvalidRequestError(f"{name}: expected a list, got {value!r}")
+        raise InvalidRequestError(f"{name}: expected a list, got {_shown(value)}")
     return tuple(value)
 
 
 def _int_keys(value: Any) -> dict[int, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(f"logit_bias: expected a map, got {value!r}")
-    try:
-        return {int(token_id): bias for token_id, bias in value.items()}
-    except (TypeError, ValueError):
-        raise InvalidRequestError("logit_bias: keys must be token ids") from None
+        raise InvalidRequestError(
+            f"logit_bias: expected a map of token id to number, got {_shown(value)}"
+        )
+    chosen: dict[int, Any] = {}
+    for key, bias in value.items():
+        token_id = _token_id(key)
+        if token_id in chosen:
+            raise InvalidRequestError(f"logit_bias: token id {token_id} is given twice")
+        chosen[token_id] = bias
+    return chosen
+
+
+def _token_id(key: Any) -> int:
+    # int() alone would also take 1.5, True, " 1 ", "1_0" and digits of other scripts.
+    if isinstance(key, int) and not isinstance(key, bool):
+        return key
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10:
+        return int(key)
+    raise InvalidRequestError(f"logit_bias: keys must be token ids, got {_shown(key)}")

@@ -222,6 +222,7 @@ class Sampler:
         self._log = _OutputLog(self._device)
         self._batches: dict[tuple[int, ...], _Batch] = {}
 
+    @torch.inference_mode()
     def open(self, opened: protocol.OpenSlot) -> None:
         """A sequence takes a slot; what was there before is forgotten.
 
@@ -253,6 +254,7 @@ class Sampler:
         for slots in [slots for slots in self._batches if slot in slots]:
             del self._batches[slots]
 
+    @torch.inference_mode()
     def sample(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]
     ) -> SampledTokens:
