@@ -1,0 +1,105 @@
+"""Memory of the machine a stage runs on, and how many KV blocks fit into it. Torch-free."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_GIB = 1024**3
+_CPU_SHARE = 0.25
+_CUDA_SHARE = 0.9
+
+
+def host_facts() -> dict[str, Any]:
+    """``device`` of ``StageHello`` for the machine: ``name kind total_bytes free_bytes``."""
+    memory = _meminfo()
+    limits = [limit for limit, _ in _cgroup_memory()]
+    return {
+        "name": _cpu_name(),
+        "kind": "cpu",
+        "total_bytes": min([memory["MemTotal"], *limits]),
+        "free_bytes": available_bytes(),
+    }
+
+
+def available_bytes() -> int:
+    """Memory that this process can still get without swapping, within its cgroup's limit."""
+    left_by_cgroups = [max(0, limit - used) for limit, used in _cgroup_memory()]
+    return min([_meminfo()["MemAvailable"], *left_by_cgroups])
+
+
+def num_cpu_blocks(
+    block_bytes: int, *, memory_gib: float | None, num_stages: int, most_blocks: int
+) -> int:
+    """KV blocks of a CPU stage: what the setting says, else a share of the free memory.
+
+    Args:
+        block_bytes: bytes of one block on this stage.
+        memory_gib: ``cache.memory_gib``; None takes a quarter of what is available, divided
+            by the stages, since all of them are likely to share the machine.
+        num_stages: stages of the pipeline.
+        most_blocks: what all sequences at full length need; more is not taken unasked.
+    """
+    if memory_gib is not None:
+        return int(memory_gib * _GIB) // block_bytes
+    share = int(available_bytes() * _CPU_SHARE) // num_stages
+    return min(share // block_bytes, most_blocks)
+
+
+def num_cuda_blocks(
+    block_bytes: int,
+    *,
+    memory_gib: float | None,
+    free_bytes: int,
+    total_bytes: int,
+    weight_bytes: int,
+    activation_bytes: int,
+    num_stages_on_device: int,
+) -> int:
+    """KV blocks of a CUDA stage: what the setting says, else 90% of what is free beside weights.
+
+    ``free_bytes`` is measured with this stage's weights loaded. Stages that share a device may
+    not have loaded theirs yet, so each takes no more than its part of the whole card.
+    """
+    if memory_gib is not None:
+        return int(memory_gib * _GIB) // block_bytes
+    part = total_bytes // num_stages_on_device - weight_bytes
+    budget = int(_CUDA_SHARE * min(free_bytes, part)) - activation_bytes
+    return max(0, budget) // block_bytes
+
+
+def _meminfo() -> dict[str, int]:
+    """``/proc/meminfo`` in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = (line.split(":", 1) for line in lines)
+    return {name: int(value.split()[0]) * 1024 for name, value in fields if value.split()[1:]}
+
+
+def _cgroup_memory() -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of each cgroup (version 2) that this process is in.
+
+    A batch system such as Slurm limits a job this way; ``/proc/meminfo`` shows the whole machine.
+    """
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+    except OSError:
+        return
+    group = root / own.strip("/")
+    while group.is_relative_to(root):
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                yield int(limit), int((group / "memory.current").read_text())
+        except OSError:
+            pass  # the root has no limit; a namespace may hide the path
+        group = group.parent
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

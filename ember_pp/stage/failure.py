@@ -1,0 +1,45 @@
+"""The last words of a stage: an exception as ``StageFailed``. Torch-free."""
+
+from __future__ import annotations
+
+import traceback
+
+from ember_pp.errors import CapacityError, EmberError
+from ember_pp.protocol import StageFailed
+
+# torch raises plain RuntimeErrors for host memory; this is what its allocator writes.
+_HOST_ALLOCATION_FAILED = "can't allocate memory"
+
+
+def failure_of(error: BaseException, *, epoch: int, stage_index: int, plan: int) -> StageFailed:
+    """``error`` as a message: ours by its fields, any other by type, text and traceback.
+
+    Running out of memory becomes a ``CapacityError`` that names what to lower.
+    """
+    reported = _capacity_error(error, stage_index) if _is_out_of_memory(error) else error
+    return StageFailed(
+        epoch=epoch,
+        stage_index=stage_index,
+        plan=plan,
+        error=reported.to_wire() if isinstance(reported, EmberError) else {},
+        remote_type=type(error).__name__,
+        text=str(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: this must work when torch could not even be imported.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and _HOST_ALLOCATION_FAILED in str(error))
+    )
+
+
+def _capacity_error(error: BaseException, stage_index: int) -> CapacityError:
+    detail = str(error).strip().partition("\n")[0] or type(error).__name__
+    return CapacityError(
+        f"stage {stage_index} ran out of memory ({detail}); lower cache.memory_gib or "
+        "scheduler.max_tokens_per_plan, or raise pipeline.stages"
+    )

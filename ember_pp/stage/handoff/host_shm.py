@@ -1,0 +1,323 @@
+"""``host_shm``: a ring in anonymous shared memory, for two processes of one host.
+
+The memory is a memfd of the receiver. The sender opens it through ``/proc/<pid>/fd/<fd>``, so
+there is no name in ``/dev/shm`` and no socket: when both processes are gone, so is the memory,
+however they ended. Layout, in bytes:
+
+    0                      magic and a random nonce: proof that this is the ring of the handle
+    4096 + 256 * slot      ready semaphore, at +64 free semaphore, at +128 plan and num_tokens
+    then page by page      the slots' hidden states
+
+A CPU stage reads the slot in place and gives it back after its forward: no copy on the
+receiving side, one on the sending side. A CUDA stage has the memory registered as pinned; it
+copies in and out asynchronously and waits for the copy before it touches a flag.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import math
+import mmap
+import os
+import secrets
+import struct
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
+from ember_pp.stage.handoff.base import Edge, Receiver, RingShape, Sender, Wait
+from ember_pp.stage.handoff.semaphore import SEMAPHORE_BYTES, SharedSemaphore
+
+_MAGIC = b"emberR01"
+_NONCE_BYTES = 16
+_PAGE_BYTES = 4096
+_FLAGS_BYTES = 256
+_FREE_OFFSET = 64  # own cache line: the two sides do not disturb each other
+assert SEMAPHORE_BYTES <= _FREE_OFFSET
+_TAG_OFFSET = 128
+_TAG = struct.Struct("<qq")  # plan, num_tokens
+_BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
+
+_logger = logging.getLogger(__name__)
+
+
+class _Ring:
+    """The mapped memory of one edge, seen from one side."""
+
+    def __init__(self, fd: int, shape: RingShape, device: torch.device) -> None:
+        self.shape = shape
+        self.memory = mmap.mmap(fd, ring_bytes(shape))
+        self._anchor = ctypes.c_char.from_buffer(self.memory)
+        address = ctypes.addressof(self._anchor)
+        flags = [address + _PAGE_BYTES + _FLAGS_BYTES * slot for slot in range(shape.num_slots)]
+        self.ready = [SharedSemaphore(flag) for flag in flags]
+        self.free = [SharedSemaphore(flag + _FREE_OFFSET) for flag in flags]
+        self.slots = [self._slot_tensor(slot) for slot in range(shape.num_slots)]
+        if device.type == "cuda":
+            _pin(self, address, ring_bytes(shape))
+
+    def _slot_tensor(self, slot: int) -> Tensor:
+        shape = self.shape
+        offset = _data_offset(shape) + slot * _round_to_page(shape.slot_bytes)
+        count = shape.max_tokens * shape.hidden_size
+        flat = torch.frombuffer(self.memory, dtype=shape.dtype, count=count, offset=offset)
+        return flat.view(shape.max_tokens, shape.hidden_size)
+
+    def write_tag(self, slot: int, plan: int, num_tokens: int) -> None:
+        _TAG.pack_into(self.memory, self._tag_offset(slot), plan, num_tokens)
+
+    def read_tag(self, slot: int) -> tuple[int, int]:
+        plan, num_tokens = _TAG.unpack_from(self.memory, self._tag_offset(slot))
+        return plan, num_tokens
+
+    def _tag_offset(self, slot: int) -> int:
+        return _PAGE_BYTES + _FLAGS_BYTES * slot + _TAG_OFFSET
+
+
+class _Flags:
+    """One side's waits on its own flags: counted, explainable, ended by ``close``."""
+
+    def __init__(self, edge: Edge, semaphores: list[SharedSemaphore], *, is_for_ready: bool):
+        self._edge = edge
+        self._semaphores = semaphores
+        self._is_for_ready = is_for_ready
+        self._is_closed = False
+        self.current: Wait | None = None
+        self.waited_ns = 0
+
+    def take(self, plan: int, slot: int, timeout_s: float) -> None:
+        """Sleep until the flag of ``slot`` is set, and take it."""
+        is_taken = self._semaphores[slot].try_wait() or self._sleep(plan, slot, timeout_s)
+        if self._is_closed:
+            raise HandoffError(f"edge {self._edge}: closed while waiting for plan {plan}")
+        if not is_taken:
+            other = self._edge.sender_index if self._is_for_ready else self._edge.receiver_index
+            raise DeadlineExceededError(
+                f"edge {self._edge}: stage {other} did not "
+                f"{'write' if self._is_for_ready else 'give back'} slot {slot} for plan {plan} "
+                f"within {timeout_s:g} s"
+            )
+
+    def _sleep(self, plan: int, slot: int, timeout_s: float) -> bool:
+        started_ns = time.monotonic_ns()
+        self.current = Wait(self._edge, plan, slot, self._is_for_ready, started_ns)
+        # Read after ``current`` is set and before sleeping; ``close`` sets it before it posts.
+        is_taken = self._is_closed or self._semaphores[slot].wait(timeout_s)
+        self.current = None
+        self.waited_ns += time.monotonic_ns() - started_ns
+        return is_taken
+
+    def close(self) -> None:
+        """Let every wait return; the flags mean nothing from here on."""
+        self._is_closed = True
+        for semaphore in self._semaphores:
+            semaphore.post()
+
+
+class HostShmReceiver(Receiver):
+    """Owns the shared memory of one edge.
+
+    Args:
+        edge: names the edge in errors.
+        shape: slots and their size.
+        device: where ``receive`` puts hidden states; a CPU stage gets the slot itself.
+
+    Raises:
+        HandoffError: the memory cannot be had.
+    """
+
+    path = "host_shm"
+
+    def __init__(self, edge: Edge, shape: RingShape, device: torch.device) -> None:
+        super().__init__(edge, shape)
+        self._device = device
+        self._nonce = secrets.token_bytes(_NONCE_BYTES)
+        self._fd = _create_memory(edge, ring_bytes(shape))
+        weakref.finalize(self, os.close, self._fd)
+        self._ring = _Ring(self._fd, shape, device)
+        for ready, free in zip(self._ring.ready, self._ring.free, strict=True):
+            ready.initialise(0)
+            free.initialise(1)
+        self._ring.memory[: len(_MAGIC) + _NONCE_BYTES] = _MAGIC + self._nonce
+        self._flags = _Flags(edge, self._ring.ready, is_for_ready=True)
+        self._copied: torch.cuda.Event | None = None
+
+    @property
+    def handle(self) -> dict[str, Any]:
+        return self.shape.to_plain() | {
+            "path": self.path,
+            "host": _host_id(),
+            "pid": os.getpid(),
+            "fd": self._fd,
+            "nonce": self._nonce.hex(),
+        }
+
+    @property
+    def wait(self) -> Wait | None:
+        return self._flags.current
+
+    def receive(self, plan: int, num_tokens: int, *, timeout_s: float = math.inf) -> Tensor:
+        slot = plan % self.shape.num_slots
+        self._flags.take(plan, slot, timeout_s)
+        self.waited_ns = self._flags.waited_ns
+        if (found := self._ring.read_tag(slot)) != (plan, num_tokens):
+            raise ProtocolError(
+                f"edge {self.edge}: slot {slot} holds plan {found[0]} with {found[1]} tokens; "
+                f"expected plan {plan} with {num_tokens}"
+            )
+        hidden_states = self._ring.slots[slot][:num_tokens]
+        return hidden_states if self._device.type == "cpu" else self._to_device(hidden_states)
+
+    def _to_device(self, hidden_states: Tensor) -> Tensor:
+        moved = hidden_states.to(self._device, non_blocking=True)
+        self._copied = torch.cuda.current_stream(self._device).record_event()
+        return moved
+
+    def release(self, plan: int) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        self._ring.free[plan % self.shape.num_slots].post()
+
+    def close(self) -> None:
+        self._flags.close()
+
+
+class HostShmSender(Sender):
+    """Writes into the ring that ``handle`` describes.
+
+    Raises:
+        HandoffError: another shape, another host, or the memory cannot be opened; names the edge.
+    """
+
+    path = "host_shm"
+
+    def __init__(
+        self, edge: Edge, shape: RingShape, device: torch.device, handle: Mapping[str, Any]
+    ) -> None:
+        super().__init__(edge, shape)
+        shape.check_handle(handle, edge)
+        self._device = device
+        fd = _open_memory(edge, handle)
+        try:
+            self._ring = _Ring(fd, shape, device)
+        except (OSError, ValueError) as error:  # mmap: the file is not as long as it must be
+            raise HandoffError(f"edge {edge}: {_foreign(handle)}: {error}") from None
+        finally:
+            os.close(fd)
+        proof = _MAGIC + bytes.fromhex(str(handle["nonce"]))
+        if self._ring.memory[: len(proof)] != proof:
+            raise HandoffError(f"edge {edge}: {_foreign(handle)}: not the ring of this handle")
+        self._flags = _Flags(edge, self._ring.free, is_for_ready=False)
+
+    @property
+    def wait(self) -> Wait | None:
+        return self._flags.current
+
+    def send(self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf) -> None:
+        num_tokens = self._check(plan, hidden_states)
+        slot = plan % self.shape.num_slots
+        self._flags.take(plan, slot, timeout_s)
+        self.waited_ns = self._flags.waited_ns
+        is_cuda = self._device.type == "cuda"
+        self._ring.slots[slot][:num_tokens].copy_(hidden_states, non_blocking=is_cuda)
+        self._ring.write_tag(slot, plan, num_tokens)
+        if is_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        self._ring.ready[slot].post()
+
+    def _check(self, plan: int, hidden_states: Tensor) -> int:
+        shape, num_tokens = self.shape, hidden_states.shape[0]
+        if (
+            hidden_states.shape != (num_tokens, shape.hidden_size)
+            or num_tokens > shape.max_tokens
+            or hidden_states.dtype != shape.dtype
+        ):
+            raise ProtocolError(
+                f"edge {self.edge}, plan {plan}: hidden states {list(hidden_states.shape)} "
+                f"{hidden_states.dtype}; a slot takes [at most {shape.max_tokens}, "
+                f"{shape.hidden_size}] {shape.dtype}"
+            )
+        return num_tokens
+
+    def drain(self, *, timeout_s: float = math.inf) -> None:
+        for slot, free in enumerate(self._ring.free):
+            self._flags.take(slot, slot, timeout_s)
+            free.post()
+
+    def close(self) -> None:
+        self._flags.close()
+
+
+def ring_bytes(shape: RingShape) -> int:
+    """Shared memory of one edge."""
+    return _data_offset(shape) + shape.num_slots * _round_to_page(shape.slot_bytes)
+
+
+def _data_offset(shape: RingShape) -> int:
+    return _round_to_page(_PAGE_BYTES + _FLAGS_BYTES * shape.num_slots)
+
+
+def _round_to_page(size: int) -> int:
+    return -(-size // _PAGE_BYTES) * _PAGE_BYTES
+
+
+def _host_id() -> str:
+    return _BOOT_ID_FILE.read_text().strip()
+
+
+def _create_memory(edge: Edge, size: int) -> int:
+    fd = os.memfd_create(f"ember-pp ring {edge}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        # Allocated now: memory that runs out later would end both processes with SIGBUS.
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError as error:
+        os.close(fd)
+        raise HandoffError(
+            f"edge {edge}: no {size} bytes of shared memory: {error.strerror}; lower "
+            "scheduler.max_tokens_per_plan or pipeline.max_in_flight"
+        ) from None
+    return fd
+
+
+def _foreign(handle: Mapping[str, Any]) -> str:
+    return f"shared memory {handle.get('fd')} of process {handle.get('pid')}"
+
+
+def _open_memory(edge: Edge, handle: Mapping[str, Any]) -> int:
+    if handle.get("host") != _host_id():
+        raise HandoffError(
+            f"edge {edge}: host_shm needs both stages on one host; the receiver runs on another"
+        )
+    try:
+        return os.open(f"/proc/{handle['pid']:d}/fd/{handle['fd']:d}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise HandoffError(
+            f"edge {edge}: {_foreign(handle)}: {error.strerror}; both stages must be processes "
+            "of one user in one container"
+        ) from None
+
+
+def _pin(ring: _Ring, address: int, size: int) -> None:
+    """Register the mapping with CUDA, so that copies run without a staging buffer."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    result = runtime.cudaHostRegister(address, size, 0)
+    if int(result) != 0:  # copies then go through pageable memory: slower, still right
+        _logger.warning("cudaHostRegister of %d bytes failed with %s", size, result)
+        return
+    finalizer = weakref.finalize(ring, _unpin, runtime, address, ring.memory)
+    finalizer.atexit = False  # the driver cleans up after a process that ends
+
+
+def _unpin(runtime: Any, address: int, _memory: mmap.mmap) -> None:
+    """``_memory`` keeps the mapping alive until it is unregistered."""
+    runtime.cudaHostUnregister(address)

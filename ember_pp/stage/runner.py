@@ -1,0 +1,183 @@
+"""Computes one micro-batch: inputs, forward, hand-off or sampling. Knows no sockets.
+
+The order of a plan on a stage: take in the slot changes, wait for the hidden states of the
+previous stage, run the layers, then hand the result to the next stage, or draw tokens on the
+last one. Every time spent is counted as busy or as one of two waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ember_pp import checkpoint
+from ember_pp.protocol import Execute, Sampled, pack_i32
+from ember_pp.stage.input_batch import BatchInputs, SlotTable
+from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.model import StageModel
+from ember_pp.stage.sampler import Sampler
+
+
+class HiddenStatesSource(Protocol):
+    """What the runner needs of ``handoff.Receiver``."""
+
+    waited_ns: int
+
+    def receive(self, plan: int, num_tokens: int) -> Tensor:
+        """[num_tokens, D], valid until ``release``."""
+
+    def release(self, plan: int) -> None:
+        """The hidden states of ``plan`` have been read."""
+
+
+class HiddenStatesSink(Protocol):
+    """What the runner needs of ``handoff.Sender``."""
+
+    waited_ns: int
+
+    def send(self, plan: int, hidden_states: Tensor) -> None:
+        """Hand on [T, D]."""
+
+
+@dataclasses.dataclass(slots=True)
+class RunnerTimes:
+    """Running totals since the start."""
+
+    busy_ns: int = 0
+    wait_input_ns: int = 0
+    wait_output_ns: int = 0
+
+
+class StageRunner:
+    """Runs plans on one stage, in order.
+
+    Args:
+        stage_index: names the files of a tap.
+        model: the stage's layers.
+        kv_cache: of those layers.
+        slots: block tables and rosters.
+        source: hidden states from the previous stage; None on the first.
+        sink: the next stage; None on the last.
+        sampler: on the last stage only.
+    """
+
+    def __init__(
+        self,
+        stage_index: int,
+        model: StageModel,
+        kv_cache: KVCache,
+        slots: SlotTable,
+        *,
+        source: HiddenStatesSource | None,
+        sink: HiddenStatesSink | None,
+        sampler: Sampler | None,
+    ) -> None:
+        assert (sink is None) != (sampler is None), "the last stage samples, the others hand on"
+        self._stage_index = stage_index
+        self._model = model
+        self._kv_cache = kv_cache
+        self._slots = slots
+        self._source = source
+        self._sink = sink
+        self._sampler = sampler
+        self.times = RunnerTimes()
+
+    @torch.inference_mode()
+    def run(self, execute: Execute) -> Sampled | None:
+        """Execute one plan; on the last stage, the tokens that it drew.
+
+        Raises:
+            ProtocolError: the plan does not fit the ones before it.
+            HandoffError: an edge was closed.
+        """
+        started_ns = time.monotonic_ns()
+        waited_ns = self.times.wait_input_ns + self.times.wait_output_ns
+        inputs = self._slots.apply(execute)
+        tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
+        hidden_states = self._forward(execute, inputs, tap)
+        sampled = None
+        if self._sampler is not None:
+            sampled = self._sample(self._sampler, execute, inputs, hidden_states, tap)
+        if tap is not None:
+            tap.write()
+        self._count(started_ns, waited_ns)
+        return sampled
+
+    def _forward(self, execute: Execute, inputs: BatchInputs, tap: _Tap | None) -> Tensor:
+        """Layers of this stage, [T, D]; handed on to the next stage unless this is the last."""
+        received = None
+        if self._source is not None:
+            received = self._source.receive(execute.plan, len(inputs.token_ids))
+            if tap is not None:
+                tap.keep("input", received)
+        hidden_states = self._model.forward(
+            inputs,
+            received,
+            self._kv_cache,
+            on_layer=None if tap is None else tap.keep_layer,
+        )
+        if self._sink is not None:
+            self._sink.send(execute.plan, hidden_states)
+        # Only now: what was received may be the ring slot, and be the residual until the end.
+        if self._source is not None:
+            self._source.release(execute.plan)
+        return hidden_states
+
+    def _sample(
+        self,
+        sampler: Sampler,
+        execute: Execute,
+        inputs: BatchInputs,
+        hidden_states: Tensor,
+        tap: _Tap | None,
+    ) -> Sampled:
+        for opened in execute.open:
+            sampler.open(opened)
+        if not inputs.sample_slots:
+            return Sampled(execute.epoch, execute.plan, b"", [])
+        logits = self._model.logits(hidden_states.index_select(0, inputs.sample_rows))  # [N, V]
+        if tap is not None:
+            tap.keep("logits", logits)
+        drawn = sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
+        if tap is not None:
+            tap.keep("token_ids", drawn.token_ids)
+        has_logprobs = any(entry is not None for entry in drawn.logprobs)
+        return Sampled(
+            epoch=execute.epoch,
+            plan=execute.plan,
+            token_ids=pack_i32(drawn.token_ids.tolist()),
+            logprobs=drawn.logprobs if has_logprobs else [],
+        )
+
+    def _count(self, started_ns: int, waited_before_ns: int) -> None:
+        times = self.times
+        times.wait_input_ns = 0 if self._source is None else self._source.waited_ns
+        times.wait_output_ns = 0 if self._sink is None else self._sink.waited_ns
+        waited_ns = times.wait_input_ns + times.wait_output_ns - waited_before_ns
+        times.busy_ns += time.monotonic_ns() - started_ns - waited_ns
+
+
+class _Tap:
+    """Copies of what a plan computes on this stage, for one safetensors file.
+
+    Names: ``input`` (all but the first stage), ``layer.<i>`` after each layer, ``logits`` and
+    ``token_ids`` of the rows that sample (last stage).
+    """
+
+    def __init__(self, folder: str, plan: int, stage_index: int) -> None:
+        self._path = Path(folder) / f"plan-{plan}.stage-{stage_index}.safetensors"
+        self._tensors: dict[str, Tensor] = {}
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor.clone()  # layers may go on in place
+
+    def keep_layer(self, layer_index: int, hidden_states: Tensor) -> None:
+        self.keep(f"layer.{layer_index}", hidden_states)
+
+    def write(self) -> None:
+        checkpoint.save_tensors(self._path, self._tensors)

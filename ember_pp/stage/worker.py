@@ -1,0 +1,367 @@
+"""The working thread of a stage: takes messages in order, loads, probes, runs plans.
+
+``StageWorker`` belongs to one thread, which may block in a hand-off for as long as it takes;
+``close`` and ``stats`` are for the control thread of ``__main__``, which never blocks. The
+worker sends through ``post`` and sees no socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import torch
+
+from ember_pp import config as configuration
+from ember_pp import partition
+from ember_pp.checkpoint import Checkpoint, locate
+from ember_pp.config import Config
+from ember_pp.errors import ProtocolError
+from ember_pp.model_config import ModelConfig
+from ember_pp.protocol import (
+    Execute,
+    Message,
+    Probe,
+    ProbeReport,
+    StageConfig,
+    StageProgress,
+    StageReady,
+    StageStarted,
+    StageStats,
+    Start,
+    unpack_i32,
+)
+from ember_pp.stage import capacity
+from ember_pp.stage.failure import failure_of
+from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
+from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
+from ember_pp.stage.input_batch import SlotTable
+from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.model import StageModel
+from ember_pp.stage.runner import StageRunner
+from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.weights import load_stage
+
+_PROGRESS_PERIOD_S = 0.1
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+logger = logging.getLogger(__name__)
+
+
+class StageWorker:
+    """One stage from its configuration to its last plan.
+
+    Args:
+        stage_index: of this stage.
+        post: takes messages for the coordinator.
+    """
+
+    def __init__(self, stage_index: int, post: Callable[[Message], None]) -> None:
+        self._stage_index = stage_index
+        self._post = post
+        self._slice: _Slice | None = None
+        self._receiver: Receiver | None = None
+        self._sender: Sender | None = None
+        self._runner: StageRunner | None = None
+        self._last_plan = -1
+        self._waited_for_plan_ns = 0
+        self._is_closing = False
+
+    def run(self, inbox: SimpleQueue[Message | None]) -> None:
+        """Handle messages until None comes; an exception is posted as ``StageFailed``."""
+        try:
+            while True:
+                waiting_since_ns = time.monotonic_ns()
+                message = inbox.get()
+                if message is None:
+                    return
+                if isinstance(message, Execute):
+                    self._waited_for_plan_ns += time.monotonic_ns() - waiting_since_ns
+                self.handle(message)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the coordinator must know
+            if not self._is_closing:  # a closed edge ends the wait of a plan with an error
+                self._post(self.failure(error))
+
+    def handle(self, message: Message) -> None:
+        """Do what one message asks.
+
+        Raises:
+            ProtocolError: it does not fit what came before.
+            EmberError: loading, hand-off or model failed.
+        """
+        match message:
+            case Execute():
+                self._on_execute(message)
+            case StageConfig():
+                self._on_config(message)
+            case Start():
+                self._on_start(message)
+            case Probe():
+                self._on_probe(message)
+            case _:
+                raise ProtocolError(
+                    f"stage {self._stage_index} cannot take {type(message).__name__}"
+                )
+
+    def failure(self, error: BaseException) -> Message:
+        """``error`` as the stage's last message."""
+        logger.debug("stage %d fails", self._stage_index, exc_info=error)
+        return failure_of(
+            error,
+            epoch=-1 if self._slice is None else self._slice.message.epoch,
+            stage_index=self._stage_index,
+            plan=self._last_plan + 1,
+        )
+
+    def close(self) -> None:
+        """End waits for neighbours, now; the worker then fails silently. Any thread."""
+        self._is_closing = True
+        for end in (self._receiver, self._sender):
+            if end is not None:
+                end.close()
+
+    def stats(self) -> StageStats | None:
+        """Totals so far and what is waited for now; None before ``Start``. Any thread."""
+        runner, loaded = self._runner, self._slice
+        if runner is None or loaded is None:
+            return None
+        ends = (self._receiver, self._sender)
+        waits = [wait for end in ends if end is not None and (wait := end.wait) is not None]
+        return StageStats(
+            epoch=loaded.message.epoch,
+            stage_index=self._stage_index,
+            plan=self._last_plan,
+            busy_ns=runner.times.busy_ns,
+            wait_input_ns=runner.times.wait_input_ns + self._waited_for_plan_ns,
+            wait_output_ns=runner.times.wait_output_ns,
+            waiting_for=str(waits[0]) if waits else "",
+            peak_bytes=_peak_bytes(loaded.device),
+        )
+
+    # ---------------------------------------------------------------- phases
+
+    def _on_config(self, message: StageConfig) -> None:
+        if self._slice is not None or message.stage_index != self._stage_index:
+            raise ProtocolError(
+                f"stage {self._stage_index} got the configuration of stage {message.stage_index}"
+                + (" a second time" if self._slice is not None else "")
+            )
+        torch.set_num_threads(message.num_threads)
+        self._slice = loaded = _Slice(message)
+        if loaded.device.type == "cuda":
+            torch.cuda.set_device(loaded.device)
+        loaded.load(self._progress_reporter())
+        handle = {}
+        if not loaded.is_first:
+            edge = Edge(self._stage_index - 1, self._stage_index)
+            path = loaded.config.handoff
+            self._receiver = open_receiver(path, edge, loaded.ring_shape, loaded.device)
+            handle = self._receiver.handle
+        self._post(
+            StageReady(
+                epoch=message.epoch,
+                stage_index=self._stage_index,
+                num_blocks=loaded.num_blocks_that_fit(),
+                handle=handle,
+                weight_bytes=loaded.weight_bytes,
+                block_bytes=loaded.block_bytes,
+            )
+        )
+
+    def _progress_reporter(self) -> Callable[[int, int], None]:
+        last_s = 0.0
+
+        def report(num_done: int, num_total: int) -> None:
+            nonlocal last_s
+            if num_done < num_total and time.monotonic() - last_s < _PROGRESS_PERIOD_S:
+                return
+            last_s = time.monotonic()
+            self._post(StageProgress(self._stage_index, "weights", num_done, num_total))
+
+        return report
+
+    def _on_start(self, message: Start) -> None:
+        loaded = self._loaded("Start", message.epoch)
+        if self._runner is not None:
+            raise ProtocolError(f"stage {self._stage_index} got Start a second time")
+        if not loaded.is_last:
+            edge = Edge(self._stage_index, self._stage_index + 1)
+            handle = message.next_handle
+            self._sender = open_sender(handle, edge, loaded.ring_shape, loaded.device)
+        self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
+        self._post(StageStarted(message.epoch, self._stage_index))
+
+    def _on_probe(self, message: Probe) -> None:
+        loaded = self._loaded("Probe", message.epoch)
+        if self._sender is not None and message.edge == str(self._sender.edge):
+            path = self._sender.path
+            result = probe_sender(self._sender, message.seed, loaded.device)
+        elif self._receiver is not None and message.edge == str(self._receiver.edge):
+            path = self._receiver.path
+            result = probe_receiver(self._receiver, message.seed)
+        else:
+            raise ProtocolError(f"stage {self._stage_index} is no end of edge {message.edge}")
+        self._post(
+            ProbeReport(
+                epoch=message.epoch,
+                stage_index=self._stage_index,
+                edge=message.edge,
+                path=path,
+                is_ok=result.is_ok,
+                text=result.text,
+            )
+        )
+
+    def _on_execute(self, execute: Execute) -> None:
+        self._loaded("Execute", execute.epoch)
+        if self._runner is None:
+            raise ProtocolError(f"stage {self._stage_index} got plan {execute.plan} before Start")
+        if execute.plan != self._last_plan + 1:
+            raise ProtocolError(
+                f"stage {self._stage_index} got plan {execute.plan} after plan {self._last_plan}"
+            )
+        sampled = self._runner.run(execute)
+        self._last_plan = execute.plan
+        if sampled is not None:
+            self._post(sampled)
+
+    def _loaded(self, what: str, epoch: int) -> _Slice:
+        if self._slice is None:
+            raise ProtocolError(f"stage {self._stage_index} got {what} before its configuration")
+        if epoch != self._slice.message.epoch:
+            raise ProtocolError(
+                f"stage {self._stage_index} is in epoch {self._slice.message.epoch}; "
+                f"{what} is of epoch {epoch}"
+            )
+        return self._slice
+
+
+class _Slice:
+    """This stage's part of the model, as its ``StageConfig`` describes it."""
+
+    def __init__(self, message: StageConfig) -> None:
+        self.message = message
+        self.config: Config = configuration.build(message.config)
+        self.model_config = ModelConfig.from_plain(message.model_config)
+        self.device = torch.device(message.device)
+        self.dtype = _DTYPES[self.config.model.dtype]
+        self.is_first = message.stage_index == 0
+        self.is_last = message.stage_index == message.num_stages - 1
+        self.num_layers = message.end_layer - message.start_layer
+        block_size = self.config.cache.block_size
+        self.max_blocks_per_sequence = -(-message.max_model_len // block_size)
+        self.block_bytes = block_size * partition.kv_bytes_per_token(
+            self.model_config, self.num_layers, self.dtype.itemsize
+        )
+        self.weight_bytes = partition.stage_weight_bytes(
+            self.model_config,
+            (message.start_layer, message.end_layer),
+            is_first=self.is_first,
+            is_last=self.is_last,
+            bytes_per_element=self.dtype.itemsize,
+        )
+        self._model: StageModel | None = None
+
+    @property
+    def ring_shape(self) -> RingShape:
+        return RingShape(
+            num_slots=self.message.max_in_flight,
+            max_tokens=self.config.scheduler.max_tokens_per_plan,
+            hidden_size=self.model_config.hidden_size,
+            dtype=self.dtype,
+        )
+
+    def load(self, on_progress: Callable[[int, int], None]) -> None:
+        """Read this slice's weights."""
+        model, message = self.config.model, self.message
+        checkpoint = None
+        if model.load == "checkpoint":
+            assert model.path is not None, "the coordinator has read this checkpoint's config"
+            checkpoint = Checkpoint.open(locate(model.path, model.revision))
+        ends = {"is_first": self.is_first, "is_last": self.is_last}
+        layers = (message.start_layer, message.end_layer)
+        weights = load_stage(
+            checkpoint,
+            self.model_config,
+            *layers,
+            **ends,
+            dtype=self.dtype,
+            device=self.device,
+            on_progress=on_progress,
+        )
+        self._model = StageModel(self.model_config, weights, *layers, **ends)
+
+    def num_blocks_that_fit(self) -> int:
+        """KV blocks that this stage can hold beside its weights."""
+        memory_gib = self.config.cache.memory_gib
+        if self.device.type == "cpu":
+            return capacity.num_cpu_blocks(
+                self.block_bytes,
+                memory_gib=memory_gib,
+                num_stages=self.message.num_stages,
+                most_blocks=self.message.max_slots * self.max_blocks_per_sequence,
+            )
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        return capacity.num_cuda_blocks(
+            self.block_bytes,
+            memory_gib=memory_gib,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            weight_bytes=self.weight_bytes,
+            activation_bytes=self._activation_bytes(),
+            num_stages_on_device=self._num_stages_on_device(),
+        )
+
+    def _activation_bytes(self) -> int:
+        """A generous guess at what a forward needs at once, in float32 where the ops upcast."""
+        cfg, max_tokens = self.model_config, self.config.scheduler.max_tokens_per_plan
+        widest = 4 * cfg.hidden_size + 3 * cfg.intermediate_size + 3 * cfg.num_heads * cfg.head_dim
+        logits = 6 * self.message.max_slots * cfg.vocab_size if self.is_last else 0
+        return 4 * (max_tokens * widest + logits)
+
+    def _num_stages_on_device(self) -> int:
+        devices, num_stages = self.config.pipeline.devices, self.message.num_stages
+        if isinstance(devices, list | tuple):
+            return max(1, sum(device == self.message.device for device in devices))
+        return num_stages if devices != "auto" else -(-num_stages // torch.cuda.device_count())
+
+    def make_runner(
+        self, num_blocks: int, receiver: Receiver | None, sender: Sender | None
+    ) -> StageRunner:
+        """The runner of this slice, with ``num_blocks`` KV blocks."""
+        assert self._model is not None, "load comes first"
+        message, cfg = self.message, self.model_config
+        block_size = self.config.cache.block_size
+        slots = SlotTable(
+            message.max_slots,
+            self.max_blocks_per_sequence,
+            block_size,
+            num_blocks=num_blocks,
+            vocab_size=cfg.vocab_size,
+            device=self.device,
+        )
+        kv_cache = KVCache.allocate(
+            cfg, self.num_layers, num_blocks, block_size, self.dtype, self.device
+        )
+        sampler = None
+        if self.is_last:
+            eos_token_ids = unpack_i32(message.eos_token_ids).tolist()
+            sampler = Sampler(cfg.vocab_size, message.max_slots, eos_token_ids, self.device)
+        return StageRunner(
+            message.stage_index,
+            self._model,
+            kv_cache,
+            slots,
+            source=receiver,
+            sink=sender,
+            sampler=sampler,
+        )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
