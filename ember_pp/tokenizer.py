@@ -122,11 +122,9 @@ class Tokenizer:
             raise InvalidRequestError("prompt: not valid Unicode (a lone surrogate)") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]
-    ) -> list[int]:
-        """Token ids of ``render_chat``; a template writes its special tokens itself."""
-        return self.encode(self.render_chat(messages, template_kwargs), add_special_tokens=False)
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what ``render_chat`` made; a template writes its special tokens itself."""
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
