@@ -1,0 +1,244 @@
+"""client: the protocol from the other side of a coordinator that the test plays."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from ember_pp import protocol
+from ember_pp.client import AsyncClient, Client
+from ember_pp.errors import (
+    DeadlineExceededError,
+    EmberError,
+    InvalidRequestError,
+    StageDiedError,
+    UnavailableError,
+)
+from ember_pp.sampling_params import SamplingParams
+from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
+
+
+def finished(request_id, text="", ids=(), reason="stop"):
+    return protocol.Finished(
+        request_id=request_id,
+        text=text,
+        token_ids=protocol.pack_i32(ids),
+        logprobs=[],
+        finish_reason=reason,
+        stop_reason=None,
+        num_prompt_tokens=3,
+        num_cached_tokens=0,
+        num_output_tokens=len(ids),
+    )
+
+
+def echo(message):
+    """Answers a submission with its own prompt, a character a delta."""
+    match message:
+        case protocol.Submit(prompt="bad"):
+            yield protocol.RequestFailed(
+                message.request_id, InvalidRequestError("top_p: no").to_wire()
+            )
+        case protocol.Submit(prompt="silent"):
+            yield protocol.Accepted(message.request_id, 3)
+        case protocol.Submit():
+            yield protocol.Accepted(message.request_id, 3)
+            if message.stream:
+                for character in message.prompt:
+                    yield protocol.TokenDelta(
+                        message.request_id, character, protocol.pack_i32([ord(character)]), []
+                    )
+                yield finished(message.request_id)
+            else:
+                yield finished(message.request_id, message.prompt, [ord(c) for c in message.prompt])
+        case protocol.Cancel():
+            for request_id in message.request_ids:
+                yield finished(request_id, reason="abort")
+            yield protocol.CancelReply(len(message.request_ids))
+        case protocol.Status():
+            yield protocol.StatusReply({"phase": "ready"})
+
+
+class FakeCoordinator:
+    def __init__(self, answer):
+        self.directory = PrivateDirectory()
+        self.address = self.directory.address("c")
+        self.received = []
+        self._answer = answer
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._bound = threading.Event()
+
+    def __enter__(self):
+        self._thread.start()
+        self._bound.wait(5.0)
+        return self
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._thread.join()
+        self.directory.__exit__(None, None, None)
+
+    def _run(self):
+        router = RouterSocket(self.address, max_message_bytes=1 << 20)
+        self._bound.set()
+        while not self._stop.is_set():
+            wait_readable([router], [], 0.02)
+            for identity, message in router.receive_all():
+                self.received.append(message)
+                for reply in self._answer(message) or ():
+                    router.send(identity, reply)
+        router.close()
+
+
+@pytest.fixture
+def coordinator():
+    with FakeCoordinator(echo) as coordinator:
+        yield coordinator
+
+
+@pytest.fixture
+def client(coordinator):
+    with Client(coordinator.address, timeout_s=5.0) as client:
+        yield client
+
+
+def test_generate_returns_the_whole_answer(client):
+    completion = client.generate("hello")
+    assert completion.text == "hello"
+    assert completion.token_ids == [ord(c) for c in "hello"]
+    assert (completion.finish_reason, completion.num_prompt_tokens) == ("stop", 3)
+
+
+def test_stream_yields_parts_that_add_up(client):
+    parts = list(client.stream("hello"))
+    assert [part.text for part in parts] == list("hello")
+
+
+def test_a_streamed_request_also_has_a_whole_result(client):
+    assert client.submit("hello", stream=True).result().text == "hello"
+
+
+def test_leaving_a_stream_early_cancels(client, coordinator):
+    stream = client.stream("silent")
+    request = client.submit("silent", stream=True)
+    request.cancel()
+    assert request.result(5.0).finish_reason == "abort"
+    stream.close()  # not started: nothing to cancel
+    for _part in client.stream("hello"):
+        break
+    client.status()
+    cancelled = [m for m in coordinator.received if isinstance(m, protocol.Cancel)]
+    assert len(cancelled) >= 1
+
+
+def test_errors_come_back_as_our_classes(client):
+    with pytest.raises(InvalidRequestError, match="top_p: no"):
+        client.generate("bad")
+    assert client.generate("still works").text == "still works"
+
+
+def test_sampling_params_and_maps_are_both_taken(client, coordinator):
+    client.generate("a", sampling=SamplingParams(temperature=0.0, stop=("x",)))
+    client.generate("b", sampling={"top_k": 3})
+    first, second = (m for m in coordinator.received if isinstance(m, protocol.Submit))
+    assert first.sampling == {"temperature": 0.0, "stop": ["x"]}
+    assert second.sampling == {"top_k": 3}
+
+
+def test_wait_any_returns_each_ended_request_once(client):
+    requests = [client.submit(text) for text in ("a", "bad", "c")]
+    seen = []
+    while len(seen) < 3:
+        seen += client.wait_any(5.0)
+    assert {request.request_id for request in seen} == {r.request_id for r in requests}
+    assert client.wait_any(0.05) == []
+
+
+def test_result_has_a_deadline(client):
+    with pytest.raises(DeadlineExceededError, match=r"nothing came within 0\.1 s"):
+        client.submit("silent").result(0.1)
+
+
+def test_a_coordinator_that_is_not_there_is_named():
+    with PrivateDirectory() as directory, Client(directory.address("no"), timeout_s=0.3) as client:
+        started_s = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match="status of a coordinator at ipc://"):
+            client.status()
+        with pytest.raises(DeadlineExceededError, match="is it running"):
+            client.generate("hello")
+        assert time.monotonic() - started_s < 5.0
+
+
+def test_a_silent_request_is_waited_for_while_the_coordinator_answers(coordinator):
+    with Client(coordinator.address, timeout_s=0.3) as client:
+        with pytest.raises(DeadlineExceededError, match="nothing came within"):
+            client.submit("silent").result(1.5)
+        assert any(isinstance(m, protocol.Status) for m in coordinator.received)
+
+
+def test_check_alive_ends_a_wait(coordinator):
+    def check_alive():
+        raise StageDiedError("stage 1 is dead", stage_index=1)
+
+    with (
+        Client(coordinator.address, check_alive=check_alive) as client,
+        pytest.raises(StageDiedError, match="stage 1 is dead"),
+    ):
+        client.submit("silent").result(10.0)
+
+
+def test_a_refusal_without_request_is_raised():
+    def refuse(message):
+        yield protocol.RequestFailed("", UnavailableError("it drains").to_wire())
+
+    with (
+        FakeCoordinator(refuse) as coordinator,
+        Client(coordinator.address) as client,
+        pytest.raises(UnavailableError, match="it drains"),
+    ):
+        client.generate("x")
+
+
+def test_closing_cancels_what_is_open(coordinator):
+    with Client(coordinator.address) as client:
+        client.submit("silent", request_id="mine")
+        client.status()
+    deadline_s = time.monotonic() + 5.0
+    while time.monotonic() < deadline_s:
+        if protocol.Cancel(["mine"], everyone=False) in coordinator.received:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no Cancel among {coordinator.received}")
+
+
+def test_the_async_client_does_the_same(coordinator):
+    async def talk():
+        async with AsyncClient(coordinator.address, timeout_s=5.0) as client:
+            answers = await asyncio.gather(*(client.generate(text) for text in ("ab", "cd")))
+            parts = [delta.text async for delta in client.stream("xyz")]
+            with pytest.raises(InvalidRequestError):
+                await client.generate("bad")
+            request = await client.submit("silent")
+            with pytest.raises(DeadlineExceededError, match="nothing came within"):
+                await request.result(0.1)
+            await request.cancel()
+            aborted = await request.result(5.0)
+            status = await client.status()
+        return [answer.text for answer in answers], parts, aborted.finish_reason, status
+
+    texts, parts, finish_reason, status = asyncio.run(talk())
+    assert texts == ["ab", "cd"]
+    assert parts == ["x", "y", "z"]
+    assert finish_reason == "abort"
+    assert status == {"phase": "ready"}
+
+
+def test_the_async_client_names_a_coordinator_that_is_not_there():
+    async def talk(address):
+        async with AsyncClient(address, timeout_s=0.3) as client:
+            await client.generate("hello")
+
+    with PrivateDirectory() as directory, pytest.raises(EmberError, match="is it running"):
+        asyncio.run(talk(directory.address("no")))
