@@ -146,13 +146,7 @@ class StageRunner:
         drawn = sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
         if tap is not None:
             tap.keep("token_ids", drawn.token_ids)
-        has_logprobs = any(entry is not None for entry in drawn.logprobs)
-        return Sampled(
-            epoch=execute.epoch,
-            plan=execute.plan,
-            token_ids=pack_i32(drawn.token_ids.tolist()),
-            logprobs=drawn.logprobs if has_logprobs else [],
-        )
+        return Sampled(execute.epoch, execute.plan, pack_i32(drawn.read()), drawn.logprobs)
 
     def _count(self, started_ns: int, waited_before_ns: int) -> None:
         times = self.times
