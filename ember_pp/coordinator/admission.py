@@ -23,15 +23,14 @@ class Admission:
         self._tokenizer = preparation.tokenizer
         self._base_seed = config.sampling.seed
         self._eos_token_ids = frozenset(preparation.eos_token_ids)
-        longest = preparation.max_model_len - 1  # at least one token is drawn
-        self._max_prompt_tokens = min(longest, config.coordinator.max_prompt_tokens or longest)
 
     def admit(self, client: bytes, submit: protocol.Submit) -> Request:
         """The request in ``submit``.
 
         Raises:
-            InvalidRequestError: a field is unknown, out of range, or the prompt is empty, too
-                long, or not in the vocabulary; the text names the field.
+            InvalidRequestError: a field is unknown or out of range, or the prompt is empty or
+                not in the vocabulary; the text names the field. Lengths are the scheduler's
+                to check, which knows what fits.
         """
         defaults = self._preparation.sampling_defaults
         params = SamplingParams.from_mapping({**defaults, **_given(submit.sampling)})
@@ -40,7 +39,6 @@ class Admission:
             raise InvalidRequestError("stop: this model has no tokenizer; use stop_token_ids")
         prompt_ids = self._prompt_ids(submit)
         self._check_prompt(prompt_ids)
-        room = self._preparation.max_model_len - len(prompt_ids)
         return Request(
             request_id=submit.request_id,
             client=client,
@@ -52,7 +50,6 @@ class Admission:
             ),
             params=params,
             eos_token_ids=self._eos_token_ids,
-            max_tokens=min(params.max_tokens or room, room),
             stream=submit.stream,
             detokenizer=_detokenizer(self._tokenizer, params),
             matcher=StopMatcher(params.stop) if params.stop else None,
@@ -82,11 +79,6 @@ class Admission:
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:
             raise InvalidRequestError("prompt: empty; give at least one token")
-        if len(prompt_ids) > self._max_prompt_tokens:
-            raise InvalidRequestError(
-                f"prompt: {len(prompt_ids)} tokens; at most {self._max_prompt_tokens} "
-                "(model.context_length, coordinator.max_prompt_tokens)"
-            )
         vocab_size = self._preparation.model_config.vocab_size
         if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
             raise InvalidRequestError(f"token_ids: expected ids in [0, {vocab_size})")

@@ -18,6 +18,7 @@ from ember_pp.coordinator.launcher import Launcher, LocalLauncher
 from ember_pp.coordinator.preparation import Preparation, prepare
 from ember_pp.coordinator.request import Request
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
+from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
 from ember_pp.coordinator.supervisor import EPOCH, StageState, Supervisor
 from ember_pp.errors import (
@@ -116,18 +117,19 @@ class Coordinator:
         self._scheduler = Scheduler(
             num_blocks=self._supervisor.num_blocks,
             block_size=self._config.cache.block_size,
+            max_in_flight=self._preparation.max_in_flight,
             max_sequences=self._config.scheduler.max_sequences,
             max_tokens_per_plan=self._config.scheduler.max_tokens_per_plan,
-            max_in_flight=self._preparation.max_in_flight,
             max_model_len=self._preparation.max_model_len,
-            enable_prefix_cache=self._config.cache.prefix,
+            max_prompt_tokens=self._config.coordinator.max_prompt_tokens,
+            prefix_caching=self._config.cache.prefix,
         )
         if self._config.debug.record is not None:
             self._record = open(self._config.debug.record, "wb")  # noqa: SIM115  closed in run
         waiting, self._waiting_for_start = self._waiting_for_start, []
         for request in waiting:
             if request.request_id in self._requests:
-                self._queue(request)
+                self._queue_or_refuse(request)
 
     def _issue_plans(self) -> None:
         if self._scheduler is None:
@@ -144,13 +146,15 @@ class Coordinator:
         if sampled.epoch != EPOCH or self._scheduler is None:
             return
         token_ids = protocol.unpack_i32(sampled.token_ids)
-        rows = self._scheduler.complete(sampled.plan, token_ids)
-        for row, sequence, token_id in rows:
+        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
+        oldest = self._scheduler.in_flight.oldest
+        if sampled.logprobs and oldest is not None:
+            logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
+        for sequence, token_id in self._scheduler.complete(sampled.plan, token_ids):
             request = self._requests.get(sequence.request_id)
             if request is None or request.sequence is not sequence:
-                continue
-            logprobs = sampled.logprobs[row] if sampled.logprobs else None
-            finish_reason = request.on_token(token_id, logprobs)
+                continue  # its client went away during this very loop
+            finish_reason = request.on_token(token_id, logprobs.get(sequence))
             if finish_reason is not None:
                 self._scheduler.finish(sequence)
                 self._finish(request, finish_reason)
@@ -185,20 +189,22 @@ class Coordinator:
                     f"{limit} requests are open (coordinator.max_queued_requests)"
                 )
             request = self._admission.admit(client, submit)
-            self._requests[request.request_id] = request
-            try:
-                self._queue(request)
-            except EmberError:
-                del self._requests[request.request_id]
-                raise
         except EmberError as error:
             self._refuse(client, submit.request_id, error)
+            return
+        self._requests[request.request_id] = request
+        self._queue_or_refuse(request)
 
-    def _queue(self, request: Request) -> None:
-        if self._scheduler is None:
+    def _queue_or_refuse(self, request: Request) -> None:
+        if self._scheduler is None:  # what fits is known once the stages are loaded
             self._waiting_for_start.append(request)
-        else:
+            return
+        try:
             self._scheduler.add(request.sequence)
+        except InvalidRequestError as error:
+            del self._requests[request.request_id]
+            self._refuse(request.client, request.request_id, error)
+            return
         accepted = protocol.Accepted(request.request_id, request.sequence.num_prompt_tokens)
         self._clients.send(request.client, accepted)
 

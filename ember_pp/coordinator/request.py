@@ -21,8 +21,6 @@ class Request:
     sequence: Sequence
     params: SamplingParams
     eos_token_ids: frozenset[int]
-    max_tokens: int
-    """Output tokens at which the answer ends by length."""
     stream: bool
     detokenizer: IncrementalDetokenizer | None
     """None without a tokenizer: then there is no text, only ids."""
@@ -51,7 +49,7 @@ class Request:
             return self._end_text("stop")
         if self.detokenizer is not None and self._add_text(self.detokenizer.push([token_id])):
             return "stop"
-        if self.num_output_tokens >= self.max_tokens:
+        if self.sequence.num_tokens >= self.sequence.max_total_tokens:
             return self._end_text("length")
         return None
 
