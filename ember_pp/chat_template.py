@@ -37,7 +37,7 @@ _MAX_WIDTH = 100_000
 
 _STANDARD_ROLES = ("system", "user", "assistant", "tool")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-_REFUSED_KWARGS = {
+REFUSED_KWARGS = {
     "messages": "send them as the request's messages",
     "chat_template": "the template is the checkpoint's",
     "continue_final_message": "not supported; send a prompt with the text to continue",
@@ -456,8 +456,8 @@ class ChatTemplate:
 
     def _check_kwargs(self, template_kwargs: Mapping[str, Any]) -> None:
         for name, value in template_kwargs.items():
-            if name in _REFUSED_KWARGS:
-                raise InvalidRequestError(f"chat_template_kwargs.{name}: {_REFUSED_KWARGS[name]}")
+            if name in REFUSED_KWARGS:
+                raise InvalidRequestError(f"chat_template_kwargs.{name}: {REFUSED_KWARGS[name]}")
             # What asks for nothing need not be understood: no tools, no thinking.
             if name not in self.variables and value:
                 known = sorted(self.variables - {"messages", "add_generation_prompt"})
