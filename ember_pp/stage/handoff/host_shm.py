@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
+from ember_pp.stage.capacity import available_bytes
 from ember_pp.stage.handoff.base import Edge, Receiver, RingShape, Sender, Wait
 from ember_pp.stage.handoff.semaphore import SEMAPHORE_BYTES, SharedSemaphore
 
@@ -275,6 +276,13 @@ def _host_id() -> str:
 
 
 def _create_memory(edge: Edge, size: int) -> int:
+    # A memfd has no limit of its own: asked for too much, the kernel would end some process
+    # of this machine to find it. So compare first.
+    if size > (available := available_bytes()):
+        raise HandoffError(
+            f"edge {edge}: needs {size} bytes of shared memory, {available} are free; lower "
+            "scheduler.max_tokens_per_plan or pipeline.max_in_flight"
+        )
     fd = os.memfd_create(f"ember-pp ring {edge}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Allocated now: memory that runs out later would end both processes with SIGBUS.
@@ -283,8 +291,7 @@ def _create_memory(edge: Edge, size: int) -> int:
     except OSError as error:
         os.close(fd)
         raise HandoffError(
-            f"edge {edge}: no {size} bytes of shared memory: {error.strerror}; lower "
-            "scheduler.max_tokens_per_plan or pipeline.max_in_flight"
+            f"edge {edge}: {size} bytes of shared memory: {error.strerror}"
         ) from None
     return fd
 
