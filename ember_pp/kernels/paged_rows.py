@@ -1,0 +1,132 @@
+"""Which KV slots each row of a step attends to, worked out once for all layers.
+
+A row is one sequence's run of new tokens (one for a decode, several for a prefill chunk). The
+reference attention computes rows of the same number of new tokens and a similar context
+together, padded to the longest; padding reads the row's own first slot, which is always
+stored, so that whatever lies in unused slots, NaN included, is never read.
+
+Shape letters: T tokens of the step, R rows, Q new tokens of a row, L longest context of a
+group, S block size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_SMALLEST_BUCKET = 7
+"""Contexts up to ``2**7`` tokens share a group: below that a group costs more than padding."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows that are computed in one call."""
+
+    num_rows: int
+    query_len: int
+    """Q, the same for all rows of the group."""
+    context_len: int
+    """L."""
+    token_index: Tensor | None
+    """[num_rows * Q] int64 into T; None: the group is all tokens in order."""
+    kv_slots: Tensor
+    """[num_rows * L] int64."""
+    mask: Tensor | None
+    """[num_rows, 1, Q, L], 0 or -inf, to be added; None: nothing, or with ``is_causal``
+    only what follows a token, is hidden."""
+    is_causal: bool
+    """All rows are fresh prompts of one length: token q sees the tokens 0 .. q."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PagedRows:
+    """The rows of a step, as ``paged_attention`` takes them."""
+
+    num_tokens: int
+    groups: tuple[RowGroup, ...]
+
+    @classmethod
+    def build(
+        cls,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> PagedRows:
+        """Group the rows of a step.
+
+        Shapes:
+            block_tables:  [R, max_blocks] int32  block ids in order, pad -1
+            context_lens:  [R] int32              tokens attended, this step's included; > 0
+            cu_seqlens_q:  [R + 1] int32          cumulative new tokens per row, first 0
+        ``dtype`` is that of the queries. Waits for the device once, to learn the lengths.
+        """
+        starts = cu_seqlens_q.tolist()
+        contexts = context_lens.tolist()
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for row, context_len in enumerate(contexts):
+            query_len = starts[row + 1] - starts[row]
+            assert 0 < query_len <= context_len, (row, query_len, context_len)
+            bucket = max((context_len - 1).bit_length(), _SMALLEST_BUCKET)
+            by_shape.setdefault((query_len, bucket), []).append(row)
+        tables = block_tables.long()
+        groups = tuple(
+            _group(rows, query_len, starts, contexts, tables, block_size, dtype)
+            for (query_len, _), rows in by_shape.items()
+        )
+        return cls(num_tokens=starts[-1], groups=groups)
+
+
+def _group(
+    rows: Sequence[int],
+    query_len: int,
+    starts: Sequence[int],
+    contexts: Sequence[int],
+    block_tables: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+) -> RowGroup:
+    device = block_tables.device
+    is_everything = len(rows) == len(contexts)
+    lens = [contexts[row] for row in rows]
+    context_len = max(lens)
+    is_even = min(lens) == context_len
+    row_index = torch.tensor(rows, device=device)
+    row_lens = torch.tensor(lens, device=device)
+    row_starts = torch.tensor([starts[row] for row in rows], device=device)
+    tables = block_tables if is_everything else block_tables.index_select(0, row_index)
+    is_causal = is_even and query_len == context_len and query_len > 1
+    needs_mask = not is_causal and not (is_even and query_len == 1)
+    tokens = row_starts[:, None] + torch.arange(query_len, device=device)
+    return RowGroup(
+        num_rows=len(rows),
+        query_len=query_len,
+        context_len=context_len,
+        token_index=None if is_everything else tokens.flatten(),
+        kv_slots=_kv_slots(tables, row_lens, context_len, block_size).flatten(),
+        mask=_mask(row_lens, query_len, context_len, dtype) if needs_mask else None,
+        is_causal=is_causal,
+    )
+
+
+def _kv_slots(block_tables: Tensor, row_lens: Tensor, context_len: int, block_size: int) -> Tensor:
+    """[num_rows, L] KV slot of every context position; beyond a row's end, of its first."""
+    position = torch.arange(context_len, device=block_tables.device)
+    position = torch.where(position < row_lens[:, None], position, 0)
+    blocks = block_tables.gather(1, position // block_size)
+    return blocks * block_size + position % block_size
+
+
+def _mask(row_lens: Tensor, query_len: int, context_len: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, 1, Q, L] 0 where a new token may look, -inf elsewhere."""
+    key_position = torch.arange(context_len, device=row_lens.device)
+    query_position = torch.arange(query_len, device=row_lens.device) - query_len
+    last_seen = row_lens[:, None] + query_position  # [num_rows, Q]
+    is_hidden = key_position > last_seen[:, :, None]
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=row_lens.device)
+    return mask.masked_fill_(is_hidden, float("-inf"))[:, None]

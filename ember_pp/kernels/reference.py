@@ -1,0 +1,135 @@
+"""Every operation of the model in plain torch: what it means, and how it is computed on CPU.
+
+Same signatures as ``ops.py``, which documents shapes and checks arguments. Intermediate
+results are rounded to the dtype of the inputs where transformers rounds them, so that the
+two agree bit by bit as far as the products do.
+
+Shape letters: T tokens, D hidden, H query heads, K KV heads, G = H / K, d head dim, B blocks,
+S block size, V vocabulary, I intermediate, Q new tokens of a row, L context.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the field's name for it
+from torch import Tensor
+
+from ember_pp.kernels.paged_rows import PagedRows, RowGroup
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """``weight[token_ids]``; exact."""
+    return weight.index_select(0, token_ids)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``, accumulated and rounded as torch does it."""
+    return F.linear(input, weight, bias)
+
+
+def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``input / sqrt(mean(input ** 2) + eps)`` in fp32, rounded, then times ``weight``."""
+    return F.rms_norm(input, input.shape[-1:], None, eps) * weight
+
+
+def add_rms_norm(
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(sum), sum)`` with ``sum = input + residual`` rounded to the dtype first."""
+    total = input + residual
+    return rms_norm(total, weight, eps), total
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    norm_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection, norm each query and key head, and turn both by position.
+
+    ``x * cos + swap_halves(x) * sin`` in fp32, rounded once; the sign of ``rotate_half`` is
+    in ``sin``.
+    """
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
+    turned, value = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
+    if norm_weight is not None:
+        turned = F.rms_norm(turned, turned.shape[-1:], None, eps) * norm_weight
+    swapped = turned.roll(turned.shape[-1] // 2, -1)
+    turned = torch.addcmul(turned * cos[:, None], swapped, sin[:, None]).to(qkv.dtype)
+    query, key = torch.split(turned, [num_heads, num_kv_heads], 1)
+    return query, key, value
+
+
+def store_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """``k_cache.flatten(0, 1)[slot_mapping[t]] = key[t]`` where the slot is not negative."""
+    is_stored = slot_mapping >= 0
+    if not bool(is_stored.all()):
+        slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+def paged_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
+) -> Tensor:
+    """``softmax(q k^T * scale) v`` of each token over its row's context up to itself."""
+    k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [B * S, K, d]
+    if len(rows.groups) == 1 and rows.groups[0].token_index is None:
+        return _attend(query, k_slots, v_slots, rows.groups[0], scale)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for group in rows.groups:
+        assert group.token_index is not None, "a group of all tokens is alone"
+        selected = query.index_select(0, group.token_index)
+        attended = _attend(selected, k_slots, v_slots, group, scale)
+        output.index_copy_(0, group.token_index, attended)
+    return output
+
+
+def _attend(
+    query: Tensor, k_slots: Tensor, v_slots: Tensor, group: RowGroup, scale: float
+) -> Tensor:
+    """[R * Q, H, d] -> the same. The G query heads of a KV head ride along without copies of
+    its keys: as more queries where Q is 1, as a batch with stride 0 otherwise."""
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads = k_slots.shape[1]
+    gathered = (group.num_rows, group.context_len, num_kv_heads, head_dim)
+    key = k_slots.index_select(0, group.kv_slots).view(gathered).transpose(1, 2)  # [R, K, L, d]
+    value = v_slots.index_select(0, group.kv_slots).view(gathered).transpose(1, 2)
+    if group.query_len == 1:
+        folded = query.reshape(group.num_rows, num_kv_heads, -1, head_dim)  # [R, K, G, d]
+        attended = F.scaled_dot_product_attention(
+            folded, key, value, attn_mask=group.mask, scale=scale
+        )
+        return attended.reshape(group.num_rows, num_heads, head_dim)
+    by_row = query.reshape(group.num_rows, group.query_len, num_heads, head_dim).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(
+        by_row,
+        _repeat_heads(key, num_heads),
+        _repeat_heads(value, num_heads),
+        attn_mask=group.mask,
+        is_causal=group.is_causal,
+        scale=scale,
+    )
+    return attended.transpose(1, 2).reshape(query.shape)
+
+
+def _repeat_heads(heads: Tensor, num_heads: int) -> Tensor:
+    """[R, K, L, d] -> [R, H, L, d], each KV head G times."""
+    num_rows, num_kv_heads, context_len, head_dim = heads.shape
+    if num_kv_heads == num_heads:
+        return heads
+    repeated = heads[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1, -1)
+    return repeated.reshape(num_rows, num_heads, context_len, head_dim)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of the two halves of ``gate_up``; silu is rounded first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
