@@ -295,6 +295,9 @@ def _stage_status(stage: StageState, num_blocks: int) -> dict[str, Any]:
         total_ns = stats.busy_ns + stats.wait_input_ns + stats.wait_output_ns
         status |= {
             "plan": stats.plan,
+            "busy_ns": stats.busy_ns,
+            "wait_input_ns": stats.wait_input_ns,
+            "wait_output_ns": stats.wait_output_ns,
             "busy_fraction": stats.busy_ns / total_ns if total_ns else 0.0,
             "wait_input_fraction": stats.wait_input_ns / total_ns if total_ns else 0.0,
             "wait_output_fraction": stats.wait_output_ns / total_ns if total_ns else 0.0,

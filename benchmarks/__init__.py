@@ -1,0 +1,1 @@
+"""Measurements, each a script with its conditions; results lie in ``results/``."""

@@ -1,0 +1,246 @@
+"""The whole engine: coordinator and stage processes on the demo model, through the client."""
+
+import contextlib
+import os
+import signal
+import time
+
+import pytest
+
+from ember_pp import config as configuration
+from ember_pp.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    StageDiedError,
+)
+from ember_pp.jobs.session import open_client
+
+pytestmark = pytest.mark.multiproc
+
+PROMPTS = [
+    "The capital of France is",
+    "A planet is a large body that",
+    "Music is",
+    "In 1905, the physicist Albert Einstein published four papers. In the first of them he",
+]
+GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
+
+
+def make_config(**groups):
+    plain = {
+        "job": {"name": "serve"},
+        "model": {"path": "demo", "dtype": "float32"},
+        "pipeline": {"stages": 2, "devices": "cpu", "cpu_threads": 1},
+        "cache": {"memory_gib": 0.05},
+    }
+    for name, values in groups.items():
+        plain[name] = plain.get(name, {}) | values if isinstance(values, dict) else values
+    return configuration.build(plain)
+
+
+@contextlib.contextmanager
+def engine(**groups):
+    with open_client(make_config(**groups)) as client:
+        yield client
+
+
+def run_all(client, requests):
+    """Token ids of each request, all submitted at once."""
+    submitted = [client.submit(prompt, sampling=sampling) for prompt, sampling in requests]
+    return [request.result(120.0).token_ids for request in submitted]
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Two stages, for the tests that do not care how many."""
+    with engine() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Greedy tokens of each prompt, one request at a time through a single stage."""
+    with engine(pipeline={"stages": 1}) as client:
+        return [client.generate(prompt, sampling=GREEDY).token_ids for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
+def test_tokens_depend_neither_on_stages_nor_on_company(num_stages, alone):
+    with engine(pipeline={"stages": num_stages}) as client:
+        assert run_all(client, [(prompt, GREEDY) for prompt in PROMPTS]) == alone
+
+
+def test_preemption_does_not_change_tokens(alone):
+    # 12 blocks of 8 tokens: the four sequences need about 28 in the end.
+    block_bytes = 8 * 10 * 2 * 2 * 64 * 4
+    memory_gib = 12.5 * block_bytes / 2 / 1024**3
+    with engine(cache={"memory_gib": memory_gib, "block_size": 8}) as client:
+        tokens = run_all(client, [(prompt, GREEDY) for prompt in PROMPTS])
+        assert client.status()["num_preemptions"] > 0
+    assert tokens == alone
+
+
+def test_tiny_plans_and_no_prefix_cache_do_not_change_tokens(alone):
+    settings = {"scheduler": {"max_tokens_per_plan": 7}, "cache": {"prefix": False}}
+    with engine(**settings) as client:
+        assert run_all(client, [(prompt, GREEDY) for prompt in PROMPTS]) == alone
+
+
+def test_seeds_hold_over_company_stages_and_preemption():
+    sampled = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "max_tokens": 24, "ignore_eos": True}
+    requests = [(prompt, sampled | {"seed": i}) for i, prompt in enumerate(PROMPTS * 2)]
+    with engine(pipeline={"stages": 1}) as client:
+        alone = [client.generate(prompt, sampling=params).token_ids for prompt, params in requests]
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    block_bytes = 8 * 10 * 2 * 2 * 64 * 4
+    tight = {"memory_gib": 16.5 * block_bytes / 3 / 1024**3, "block_size": 8}
+    with engine(pipeline={"stages": 3}, cache=tight) as client:
+        assert run_all(client, requests) == alone
+
+
+def test_a_seed_key_stands_for_a_seed(client):
+    def tokens(**options):
+        sampling = {"temperature": 1.0, "max_tokens": 16, "ignore_eos": True}
+        return client.generate(PROMPTS[0], sampling=sampling, **options).token_ids
+
+    assert tokens(seed_key="a") == tokens(seed_key="a")
+    assert tokens(seed_key="a") != tokens(seed_key="b")
+
+
+def test_prefix_cache_is_used_and_changes_nothing(client):
+    prompt = "The history of the city begins with a small village. " * 6
+    first = client.generate(prompt, sampling=GREEDY)
+    second = client.generate(prompt, sampling=GREEDY)
+    assert second.num_cached_tokens >= 16 > first.num_cached_tokens
+    assert second.token_ids == first.token_ids
+
+
+def test_streams_add_up_and_stop_strings_are_never_shown(client):
+    whole = client.generate(PROMPTS[1], sampling=GREEDY)
+    words = whole.text.split()
+    stop = f"{words[4]} {words[5][:2]}"
+    cut = whole.text.index(stop)
+    parts = [d.text for d in client.stream(PROMPTS[1], sampling=GREEDY | {"stop": [stop]})]
+    assert "".join(parts) == whole.text[:cut]
+    stopped = client.generate(PROMPTS[1], sampling=GREEDY | {"stop": [stop]})
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert stopped.text == whole.text[:cut]
+
+
+def test_max_tokens_and_eos_end_an_answer(client):
+    completion = client.generate(PROMPTS[0], sampling=GREEDY | {"max_tokens": 5})
+    assert (completion.finish_reason, completion.num_output_tokens) == ("length", 5)
+    chat = client.chat(
+        [{"role": "user", "content": "Hello!"}], sampling={"temperature": 0.0, "max_tokens": 200}
+    )
+    assert chat.finish_reason == "stop"
+    assert "<|im_end|>" not in chat.text
+
+
+def test_logprobs_come_with_each_token(client):
+    completion = client.generate(PROMPTS[0], sampling=GREEDY | {"logprobs": 3, "max_tokens": 6})
+    assert len(completion.logprobs) == 6
+    assert all(entry.logprob <= 0.0 for entry in completion.logprobs)
+    assert all(len(entry.top_ids) == 12 for entry in completion.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "prompt: empty"),
+        ({"prompt": "x", "token_ids": [1]}, "expected one of prompt, messages and token_ids"),
+        ({"token_ids": [10**6]}, r"token_ids: expected ids in \[0,"),
+        ({"prompt": "word " * 5000}, "max_model_len|context|cache"),
+        ({"prompt": "x", "sampling": {"top_q": 1}}, "did you mean 'top_p'"),
+        ({"prompt": "x", "sampling": {"logit_bias": {10**6: 1.0}}}, "logit_bias"),
+        ({"messages": [{"role": "user"}]}, "content"),
+    ],
+)
+def test_bad_requests_get_a_reply_and_others_go_on(client, options, message):
+    request = client.submit(PROMPTS[0], sampling=GREEDY)
+    with pytest.raises(InvalidRequestError, match=message):
+        client.submit(**options).result(60.0)
+    assert request.result(60.0).num_output_tokens == 24
+
+
+def test_cancel_ends_a_request_and_frees_its_blocks(client):
+    request = client.submit(PROMPTS[0], sampling=GREEDY | {"max_tokens": 1500}, stream=True)
+    next(iter(request))
+    request.cancel()
+    assert request.result(30.0).finish_reason == "abort"
+    deadline_s = time.monotonic() + 10.0
+    while time.monotonic() < deadline_s:
+        status = client.status()
+        if status["num_running"] == 0 and status["num_free_blocks"] == status["num_blocks"]:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"blocks are still held: {status}")
+
+
+def stage_pids(client):
+    return [stage["pid"] for stage in client.status()["stages"]]
+
+
+def has_ended(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def wait_until_ended(pids, timeout_s=5.0):
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        if all(has_ended(pid) for pid in pids):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"still running: {[pid for pid in pids if not has_ended(pid)]}")
+
+
+def test_a_killed_stage_fails_open_requests_by_name_and_nothing_stays():
+    with engine() as client:
+        client.generate(PROMPTS[0], sampling=GREEDY)
+        pids = stage_pids(client)
+        pending = [
+            client.submit(prompt, sampling=GREEDY | {"max_tokens": 1500}) for prompt in PROMPTS
+        ]
+        time.sleep(0.2)
+        killed_at_s = time.monotonic()
+        os.kill(pids[1], signal.SIGKILL)
+        for request in pending:
+            with pytest.raises(StageDiedError, match="killed by signal 9") as failure:
+                request.result(10.0)
+            assert failure.value.stage_index == 1
+        assert time.monotonic() - killed_at_s < 1.0
+        wait_until_ended(pids, timeout_s=10.0)
+
+
+def test_a_killed_coordinator_takes_its_stages_along():
+    with engine() as client:
+        client.generate(PROMPTS[0], sampling=GREEDY)
+        pids = stage_pids(client)
+        with open(f"/proc/{pids[0]}/stat") as stat:
+            coordinator = int(stat.read().rpartition(")")[2].split()[1])
+        os.kill(coordinator, signal.SIGKILL)
+        wait_until_ended(pids, timeout_s=1.0)
+
+
+def test_closing_leaves_no_process_and_no_shared_memory():
+    before = set(os.listdir("/dev/shm"))
+    with engine() as client:
+        client.submit(PROMPTS[0], sampling=GREEDY | {"max_tokens": 1500})
+        pids = stage_pids(client)
+        client.generate(PROMPTS[1], sampling=GREEDY)
+        pids += stage_pids(client)
+    assert all(has_ended(pid) for pid in pids)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_errors_at_start_reach_the_job(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="nowhere"),
+        engine(model={"path": str(tmp_path / "nowhere")}) as client,
+    ):
+        client.generate("x")
+    with pytest.raises(ConfigError, match="stages"), engine(pipeline={"stages": 99}) as client:
+        client.generate("x")
