@@ -207,6 +207,17 @@ def _check_stop(stop: Any) -> None:
             raise InvalidRequestError(
                 f"stop: a string of {len(text)} characters; at most {MAX_STOP_LENGTH}"
             )
+        if not _is_encodable(text):
+            raise InvalidRequestError(f"stop: not valid Unicode: {_shown(text)}")
+
+
+def _is_encodable(text: str) -> bool:
+    """False for lone surrogates, which JSON can carry and no message can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_stop_token_ids(token_ids: Any) -> None:

@@ -216,7 +216,7 @@ def draw_truncated_tokens(
     total = _total_weights(logits, values[:, 0], temperature, (top_k == 0) & (top_p < 1.0))
     num_kept = count_kept(values, temperature, top_k, top_p, min_p, total)
     drawn = _draw_ranked(values, token_ids, num_kept, temperature, seeds, positions)
-    rest = (~_is_complete(values, num_kept)).nonzero()[:, 0]
+    rest = (~_is_complete(values, num_kept, top_k)).nonzero()[:, 0]
     if len(rest):
         settings = (temperature, top_k, top_p, min_p, seeds, positions)
         drawn[rest] = _draw_sorted(logits[rest], *(setting[rest] for setting in settings))
@@ -253,8 +253,7 @@ def count_kept(
     ``draw_truncated_tokens``.
     """
     relative = _scaled(values, values[:, 0], temperature).exp_()  # [N, W] in [0, 1]
-    kth = values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1)[:, None])
-    is_kept = (values >= kth) | (top_k == 0)[:, None]
+    is_kept = (values >= _kth(values, top_k)) | (top_k == 0)[:, None]
     weights = (relative * _WEIGHT_SCALE).long() * is_kept
     sums = weights.cumsum(-1)
     total = sums[:, -1]
@@ -289,10 +288,18 @@ def _rank_width(top_k: Tensor, vocab_size: int) -> int:
     return width if width * 4 <= vocab_size else vocab_size
 
 
-def _is_complete(values: Tensor, num_kept: Tensor) -> Tensor:
-    """True where no token outside the ranked ones can belong to the survivors."""
-    last_kept = values.gather(1, (num_kept - 1).clamp(min=0)[:, None])[:, 0]
-    return (last_kept > values[:, -1]) | (values[:, -1] == -torch.inf)
+def _kth(values: Tensor, top_k: Tensor) -> Tensor:
+    return values.gather(1, (top_k - 1).clamp(0, values.shape[1] - 1)[:, None])
+
+
+def _is_complete(values: Tensor, num_kept: Tensor, top_k: Tensor) -> Tensor:
+    """True where no token outside the ranked ones can belong to the survivors.
+
+    With top_k, all that top_k left must be ranked, since top_p's sum is over them.
+    """
+    last_kept = values.gather(1, (num_kept - 1).clamp(min=0)[:, None])
+    decisive = torch.where((top_k > 0)[:, None], _kth(values, top_k), last_kept)[:, 0]
+    return (decisive > values[:, -1]) | (values[:, -1] == -torch.inf)
 
 
 def _draw_ranked(
