@@ -1,0 +1,56 @@
+"""Every tolerance of the tests, and the comparisons that use them.
+
+Copies, gathers and tables are compared bit by bit. Sums are compared relative to the largest
+value of the row they belong to, with a bound from the dtype and the length of the reduction.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGITS_FP32 = 1e-4
+"""Our fp32 logits against transformers' (design.md, section 7)."""
+BF16_VS_OWN_FP32 = 1.25
+"""Our bf16 error against fp32, over that of transformers' bf16 against the same fp32. Both are
+sums of thousands of roundings: they agree in size, not bit by bit."""
+
+_UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+
+
+def sum_tolerance(dtype: torch.dtype, num_terms: int) -> float:
+    """Relative error allowed to a sum of ``num_terms`` rounded products.
+
+    Random roundings add up as the root of their number; 8 roots leave room for the worst of
+    many outputs. Results are rounded once more at the end.
+    """
+    return 2.0**-24 * 8 * num_terms**0.5 + 4 * _UNIT_ROUNDOFF[dtype]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference of a row over the row's largest value, the worst of all rows."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert bool(actual.isfinite().all()), "not finite"
+    scale = expected.abs().amax(-1).clamp_min(1e-30)
+    return float(((actual - expected).abs().amax(-1) / scale).max())
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    """``relative_error`` is within ``tolerance``."""
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what or 'result'}: relative error {error:.3g} > {tolerance:.3g}"
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Same shape, dtype and bytes; names the first coordinate that differs, and both values."""
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    assert actual.dtype == expected.dtype, (what, actual.dtype, expected.dtype)
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.dtype.itemsize]
+    differs = actual.contiguous().view(integers) != expected.contiguous().view(integers)
+    if bool(differs.any()):
+        first = tuple(differs.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what or 'result'}: {int(differs.sum())} of {differs.numel()} differ, first at "
+            f"{first}: {actual[first].item()!r} is not {expected[first].item()!r}"
+        )
