@@ -256,13 +256,7 @@ class _Slice:
         self.block_bytes = block_size * partition.kv_bytes_per_token(
             self.model_config, self.num_layers, self.dtype.itemsize
         )
-        self.weight_bytes = partition.stage_weight_bytes(
-            self.model_config,
-            (message.start_layer, message.end_layer),
-            is_first=self.is_first,
-            is_last=self.is_last,
-            bytes_per_element=self.dtype.itemsize,
-        )
+        self.weight_bytes = 0
         self._model: StageModel | None = None
 
     @property
@@ -292,7 +286,10 @@ class _Slice:
             device=self.device,
             on_progress=on_progress,
         )
-        self._model = StageModel(self.model_config, weights, *layers, **ends)
+        self.weight_bytes = weights.num_bytes
+        self._model = StageModel(
+            self.model_config, weights, *layers, **ends, max_model_len=message.max_model_len
+        )
 
     def num_blocks_that_fit(self) -> int:
         """KV blocks that this stage can hold beside its weights."""
@@ -325,7 +322,7 @@ class _Slice:
     def _num_stages_on_device(self) -> int:
         devices, num_stages = self.config.pipeline.devices, self.message.num_stages
         if isinstance(devices, list | tuple):
-            return max(1, sum(device == self.message.device for device in devices))
+            return max(1, list(devices).count(self.message.device))
         return num_stages if devices != "auto" else -(-num_stages // torch.cuda.device_count())
 
     def make_runner(
