@@ -142,6 +142,7 @@ class _OutputLog:
         self._device = device
         self._pool = torch.empty(0, _FIRST_LOG_CAPACITY, dtype=torch.int64, device=device)
         self._pool_rows: dict[int, int] = {}
+        self._num_known: dict[int, int] = {}  # by slot; what is beyond was never written
         self._free: list[int] = []
 
     @property
@@ -155,6 +156,7 @@ class _OutputLog:
             self._grow_rows()
         row = self._pool_rows[slot] = self._free.pop()
         self._reserve(len(output_ids))
+        self._num_known[slot] = len(output_ids)
         if output_ids:
             self._pool[row, : len(output_ids)] = _int_tensor(output_ids, self._device)
 
@@ -169,9 +171,13 @@ class _OutputLog:
         self._reserve(max(lengths) + 1)
         rows = _int_tensor([self._pool_rows[slot] for slot in slots], self._device)
         self._pool[rows, _int_tensor(lengths, self._device)] = token_ids
+        self._num_known.update((slot, n + 1) for slot, n in zip(slots, lengths, strict=True))
 
     def read(self, slots: Sequence[int], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The first ``lengths`` ids of each slot, end to end: index into ``slots`` [M], ids [M]."""
+        for slot, length in zip(slots, lengths, strict=True):
+            known = self._num_known[slot]
+            assert 0 <= length <= known, f"slot {slot}: {length} outputs, {known} of them known"
         lengths_tensor = _int_tensor(lengths, self._device)
         total = sum(lengths)
         owner = torch.repeat_interleave(
@@ -221,6 +227,11 @@ class Sampler:
         self._states: list[_SlotState | None] = [None] * max_slots
         self._log = _OutputLog(self._device)
         self._batches: dict[tuple[int, ...], _Batch] = {}
+
+    @property
+    def history_bytes(self) -> int:
+        """Memory held for output tokens of slots with a penalty; 0 until there is one."""
+        return self._log.num_bytes
 
     @torch.inference_mode()
     def open(self, opened: protocol.OpenSlot) -> None:
