@@ -24,7 +24,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import hydra
@@ -36,6 +35,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ember_pp import __version__
 from ember_pp import config as config_module
 from ember_pp.errors import (
     EXIT_CANNOT_FIT,
@@ -269,7 +269,7 @@ def _report_bug() -> int:
 
 
 def _print_version() -> None:
-    print(f"{PROGRAM} {metadata.version('ember-pp')}")
+    print(f"{PROGRAM} {__version__}")
 
 
 def _exit_code(stop: SystemExit) -> int:
