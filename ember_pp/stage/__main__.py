@@ -169,8 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     socket.send(StageHello(options.stage_index, token, os.getpid(), host_facts()))
     control = StageControl(options.stage_index, socket)
     exit_code = control.run()
-    if control.is_worker_alive:
-        # It computes or reads a file and cannot be asked to stop; the interpreter would wait.
+    if exit_code == EXIT_OK or control.is_worker_alive:
+        # Nothing is left to be sent or written. Taking the interpreter and torch apart would
+        # cost half a second, and wait for a worker that computes and cannot be asked to stop.
+        logging.shutdown()
         os._exit(exit_code)
     socket.close()
     return exit_code

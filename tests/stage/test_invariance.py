@@ -1,0 +1,177 @@
+"""1, 2, 3 and 8 stages: the same plans give the same bits at every layer, edge and token.
+
+One list of plans is recorded with a single stage (chunked prefill of ugly lengths, decodes,
+several micro-batches in flight, shared prefixes, preemption, four kinds of sampling) and
+replayed through stages that run in threads with real ``host_shm`` edges between them.
+"""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+from recorded_plans import (
+    BLOCK_SIZE,
+    MAX_IN_FLIGHT,
+    MAX_MODEL_LEN,
+    MAX_SLOTS,
+    MAX_TOKENS_PER_PLAN,
+    NUM_BLOCKS,
+    record,
+)
+from safetensors.torch import load_file
+
+from ember_pp import partition
+from ember_pp.checkpoint import Checkpoint, read_config
+from ember_pp.model_config import ModelConfig
+from ember_pp.protocol import unpack_u32
+from ember_pp.stage.handoff import Edge, RingShape, open_receiver, open_sender
+from ember_pp.stage.input_batch import SlotTable
+from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.model import StageModel
+from ember_pp.stage.runner import StageRunner
+from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.weights import load_stage
+
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+JOIN_S = 120.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def make_stages(folder, num_stages, dtype):
+    """Runners of all stages with their edges, and the edges' ends to close."""
+    cfg = ModelConfig.from_hf(read_config(folder))
+    shape = RingShape(
+        num_slots=MAX_IN_FLIGHT,
+        max_tokens=MAX_TOKENS_PER_PLAN,
+        hidden_size=cfg.hidden_size,
+        dtype=dtype,
+    )
+    edges = [Edge(i, i + 1) for i in range(num_stages - 1)]
+    receivers = [open_receiver("host_shm", edge, shape, CPU) for edge in edges]
+    senders = [
+        open_sender(receiver.handle, edge, shape, CPU)
+        for edge, receiver in zip(edges, receivers, strict=True)
+    ]
+    ranges = partition.split_layers(cfg, num_stages, "equal")
+    stages = [
+        make_stage(folder, cfg, dtype, stage_index, layers, source, sink)
+        for stage_index, (layers, source, sink) in enumerate(
+            zip(ranges, [None, *receivers], [*senders, None], strict=True)
+        )
+    ]
+    return stages, receivers + senders
+
+
+def make_stage(folder, cfg, dtype, stage_index, layers, source, sink):
+    ends = {"is_first": source is None, "is_last": sink is None}
+    checkpoint = Checkpoint.open(folder)
+    weights = load_stage(checkpoint, cfg, *layers, **ends, dtype=dtype, device=CPU)
+    return StageRunner(
+        stage_index,
+        StageModel(cfg, weights, *layers, **ends),
+        KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU),
+        SlotTable(MAX_SLOTS, -(-MAX_MODEL_LEN // BLOCK_SIZE), BLOCK_SIZE, num_blocks=NUM_BLOCKS),
+        source=source,
+        sink=sink,
+        sampler=Sampler(cfg.vocab_size, MAX_SLOTS, (), CPU) if sink is None else None,
+    )
+
+
+def replay(folder, num_stages, dtype, plans):
+    """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn."""
+    stages, ends = make_stages(folder, num_stages, dtype)
+    answers, errors = [], []
+
+    def work(runner):
+        try:
+            for execute in plans:
+                sampled = runner.run(execute)
+                if sampled is not None:
+                    answers.append(sampled)
+        except Exception as error:  # noqa: BLE001  shown by the assertion below
+            errors.append(error)
+            for end in ends:  # let the other stages go
+                end.close()
+
+    threads = [threading.Thread(target=work, args=(stage,), daemon=True) for stage in stages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(JOIN_S)
+    assert errors == []
+    assert not any(thread.is_alive() for thread in threads)
+    return answers
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def recorded(request, tmp_path_factory, demo_path):
+    """Plans and answers of one stage, and the folder with all that it computed."""
+    tap = tmp_path_factory.mktemp(f"one-stage-{request.param}")
+    torch.set_num_threads(1)
+    dtype = DTYPES[request.param]
+    [runner], _ = make_stages(demo_path, 1, dtype)
+    plans, answers, sequences = record(runner.run, tap=str(tap))
+    return dtype, plans, answers, sequences, tap
+
+
+def load_taps(folder, plan, num_stages):
+    """Every tensor that the stages wrote for a plan; those of edges as ``edge i->i+1``."""
+    tensors = {}
+    for stage_index in range(num_stages):
+        kept = load_file(folder / f"plan-{plan}.stage-{stage_index}.safetensors")
+        received = kept.pop("input", None)
+        if stage_index:
+            tensors[f"edge {stage_index - 1}->{stage_index}"] = received
+        tensors |= kept
+    return tensors
+
+
+def starts_behind_a_cached_prefix(execute):
+    chunks = unpack_u32(execute.chunks).tolist()
+    opened = {slot.slot for slot in execute.open}
+    return any(
+        slot in opened and start for slot, start in zip(chunks[0::4], chunks[1::4], strict=True)
+    )
+
+
+def test_the_recording_has_everything(recorded):
+    """The plans would prove little if they were all of one kind."""
+    _, plans, _, sequences, _ = recorded
+    num_opens = sum(len(execute.open) for execute in plans)
+    assert num_opens > len(sequences), "nothing was preempted"
+    assert any(starts_behind_a_cached_prefix(execute) for execute in plans)
+    assert len({execute.microbatch for execute in plans}) == MAX_IN_FLIGHT
+    assert any(execute.decode_ids and execute.chunks for execute in plans)
+    assert any(execute.decode_ids and not execute.chunks for execute in plans)
+    assert any(len(execute.leave) and len(execute.join) for execute in plans)
+    assert all(sequence.num_output_tokens == sequence.params.max_tokens for sequence in sequences)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 8])
+def test_the_split_is_invisible(recorded, num_stages, tmp_path, demo_path):
+    dtype, plans, answers, _, one_stage = recorded
+    tapped = [dataclasses.replace(execute, tap=str(tmp_path)) for execute in plans]
+
+    assert replay(demo_path, num_stages, dtype, tapped) == answers
+
+    cfg = ModelConfig.from_hf(read_config(demo_path))
+    ranges = partition.split_layers(cfg, num_stages, "equal")
+    for execute in plans:
+        expected = load_taps(one_stage, execute.plan, 1)
+        for stage_index, (start_layer, _) in enumerate(ranges[1:]):
+            expected[f"edge {stage_index}->{stage_index + 1}"] = expected[
+                f"layer.{start_layer - 1}"
+            ]
+        found = load_taps(tmp_path, execute.plan, num_stages)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), f"{name} of plan {execute.plan} differs"

@@ -1,0 +1,160 @@
+"""StageRunner: the order of a plan, what it counts, what a tap writes. The rest is faked."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ember_pp.errors import ProtocolError
+from ember_pp.protocol import Execute, OpenSlot, pack_i32, pack_u32, unpack_i32
+from ember_pp.stage.input_batch import SlotTable
+from ember_pp.stage.runner import StageRunner
+from ember_pp.stage.sampler import Sampler
+
+HIDDEN_SIZE, VOCAB_SIZE = 3, 11
+WAIT_S = 0.02
+
+
+class FakeModel:
+    """Adds its layer's number; logits prefer the token that the last hidden value names."""
+
+    def __init__(self, log):
+        self._log = log
+
+    def forward(self, inputs, hidden_states, kv_cache, on_layer=None):
+        if hidden_states is None:
+            hidden_states = inputs.token_ids[:, None].expand(-1, HIDDEN_SIZE).float()
+        self._log.append("forward")
+        for layer_index in (4, 5):
+            hidden_states = hidden_states + layer_index
+            if on_layer is not None:
+                on_layer(layer_index, hidden_states)
+        return hidden_states
+
+    def logits(self, hidden_states):
+        return torch.eye(VOCAB_SIZE)[hidden_states[:, 0].long() % VOCAB_SIZE]
+
+
+@dataclasses.dataclass
+class FakeSource:
+    """Hidden states that count up, after a wait; cleared on release as a next plan would."""
+
+    log: list
+    waited_ns: int = 0
+
+    def receive(self, plan, num_tokens):
+        time.sleep(WAIT_S)
+        self.waited_ns += int(WAIT_S * 1e9)
+        self.log.append("receive")
+        self.slot = torch.arange(num_tokens * HIDDEN_SIZE).view(-1, HIDDEN_SIZE).float()
+        return self.slot
+
+    def release(self, plan):
+        self.log.append("release")
+        self.slot.fill_(-1)
+
+
+@dataclasses.dataclass
+class FakeSink:
+    """Keeps what was sent."""
+
+    log: list
+    waited_ns: int = 0
+    sent: list = dataclasses.field(default_factory=list)
+
+    def send(self, plan, hidden_states):
+        time.sleep(WAIT_S)
+        self.waited_ns += int(WAIT_S * 1e9)
+        self.log.append("send")
+        self.sent.append((plan, hidden_states.clone()))
+
+
+def make_runner(log, *, source=None, sink=None):
+    sampler = Sampler(VOCAB_SIZE, 4, (), "cpu") if sink is None else None
+    slots = SlotTable(4, 8, 16)
+    return StageRunner(1, FakeModel(log), None, slots, source=source, sink=sink, sampler=sampler)
+
+
+def make_execute(plan=0, *, tokens=(1, 2, 3), samples=True, start=0, tap=None):
+    opened = [OpenSlot(0, 0, {"temperature": 0.0}, 3, 0, b"", b"")] if start == 0 else []
+    return Execute(
+        epoch=6,
+        plan=plan,
+        microbatch=0,
+        leave=b"",
+        open=opened,
+        blocks=pack_u32([0, 5]) if start == 0 else b"",
+        join=b"",
+        chunks=pack_u32([0, start, len(tokens), int(samples)]),
+        chunk_ids=pack_i32(tokens),
+        decode_ids=b"",
+        tap=tap,
+    )
+
+
+def test_a_middle_stage_receives_computes_sends_then_releases():
+    log = []
+    source, sink = FakeSource(log), FakeSink(log)
+    assert make_runner(log, source=source, sink=sink).run(make_execute(9)) is None
+    assert log == ["receive", "forward", "send", "release"]
+    [(plan, hidden_states)] = sink.sent
+    assert plan == 9
+    assert torch.equal(hidden_states, torch.arange(9.0).view(3, 3) + 9)
+
+
+def test_the_last_stage_draws_what_the_logits_say():
+    log = []
+    runner = make_runner(log, source=FakeSource(log))
+    sampled = runner.run(make_execute(3))
+    # Row 2 is the last token: it starts with 2 * HIDDEN_SIZE, and the layers add 9.
+    assert (sampled.epoch, sampled.plan) == (6, 3)
+    assert unpack_i32(sampled.token_ids).tolist() == [(6 + 9) % VOCAB_SIZE]
+    assert sampled.logprobs == []
+
+
+def test_a_plan_that_samples_nothing_still_comes_back():
+    runner = make_runner([])
+    sampled = runner.run(make_execute(samples=False))
+    assert (sampled.plan, sampled.token_ids, sampled.logprobs) == (0, b"", [])
+    sampled = runner.run(make_execute(1, start=3, tokens=[4]))
+    assert unpack_i32(sampled.token_ids).tolist() == [(4 + 9) % VOCAB_SIZE]
+
+
+def test_waits_are_counted_apart_from_work():
+    log = []
+    source, sink = FakeSource(log), FakeSink(log)
+    runner = make_runner(log, source=source, sink=sink)
+    started_ns = time.monotonic_ns()
+    for plan in range(3):
+        runner.run(make_execute(plan))
+    elapsed_ns = time.monotonic_ns() - started_ns
+    times = runner.times
+    assert times.wait_input_ns == times.wait_output_ns == int(3 * WAIT_S * 1e9)
+    assert 0 < times.busy_ns <= elapsed_ns - times.wait_input_ns - times.wait_output_ns
+
+
+def test_a_tap_writes_what_went_in_and_came_out(tmp_path):
+    log = []
+    runner = make_runner(log, source=FakeSource(log))
+    folder = tmp_path / "new"
+    sampled = runner.run(make_execute(7, tap=str(folder)))
+    [path] = folder.iterdir()
+    assert path.name == "plan-7.stage-1.safetensors"
+    kept = load_file(path)
+    given = torch.arange(9.0).view(3, 3)
+    expected = {"input": given, "layer.4": given + 4, "layer.5": given + 9}
+    for name, tensor in expected.items():
+        assert torch.equal(kept.pop(name), tensor), name
+    assert kept.pop("logits").shape == (1, VOCAB_SIZE)
+    assert kept.pop("token_ids").tolist() == unpack_i32(sampled.token_ids).tolist()
+    assert not kept
+
+
+def test_nonsense_is_refused_before_anything_is_received():
+    log = []
+    runner = make_runner(log, source=FakeSource(log))
+    with pytest.raises(ProtocolError, match="plan 0"):
+        runner.run(make_execute(tokens=[1] * 17))
+    assert log == []
