@@ -134,6 +134,9 @@ class _Session(Generic[_OwnerT]):
     def __init__(self, address: str, timeout_s: float) -> None:
         self.address = address
         self.timeout_s = timeout_s
+        self.whereabouts = (
+            f"coordinator at {address} (is it running? job=serve coordinator.address={address})"
+        )
         self.open: dict[str, tuple[_State, _OwnerT]] = {}
         self.ended: collections.deque[_OwnerT] = collections.deque()
         self.status: dict[str, Any] | None = None
@@ -215,10 +218,7 @@ class _Session(Generic[_OwnerT]):
         """
         now_s = time.monotonic()
         if self._asked_at_s is not None and now_s - self._asked_at_s > self.timeout_s:
-            raise DeadlineExceededError(
-                f"no answer from a coordinator at {self.address} for {self.timeout_s:g} s; "
-                "is it running? (./launch.sh job=serve coordinator.address=...)"
-            )
+            raise DeadlineExceededError(f"{self.whereabouts}: no answer for {self.timeout_s:g} s")
         if self._asked_at_s is None and now_s - self.heard_at_s > self.timeout_s / 2:
             self._asked_at_s = now_s
             return True
@@ -407,7 +407,7 @@ class Client:
         self._wait_until(
             lambda: self._session.status is not None,
             timeout_s,
-            f"status of a coordinator at {self._session.address}",
+            self._session.whereabouts,
         )
         return self._session.status or {}
 
@@ -555,7 +555,7 @@ class AsyncClient:
         await self._wait_until(
             lambda: self._session.status is not None,
             self._session.timeout_s,
-            f"status of a coordinator at {self._session.address}",
+            self._session.whereabouts,
         )
         return self._session.status or {}
 
