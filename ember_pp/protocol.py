@@ -597,7 +597,7 @@ def decode(packed: bytes) -> Message:
         raise ProtocolError(f"not a message: {type(error).__name__}: {error}") from None
     if not isinstance(values, list) or len(values) < 2 or not isinstance(values[1], str):
         raise ProtocolError("not a message: expected [version, tag, fields...]")
-    if values[0] != PROTOCOL_VERSION:
+    if values[0] != PROTOCOL_VERSION or isinstance(values[0], bool):
         raise ProtocolError(
             f"protocol version {values[0]!r}; this process speaks {PROTOCOL_VERSION}: "
             "run the same ember_pp on both sides"
