@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
 from ember_pp.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen2", "llama")
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -49,22 +50,31 @@ _ONLY_ALLOWED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("add_cross_attention", (False,)),
 )
 
-_ROPE_KEYS = frozenset(
+_ROPE_KEYS_OF_ALL = frozenset(
     {
         "rope_type",
         "type",
         "rope_theta",
         "partial_rotary_factor",
-        "factor",
         "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-        "low_freq_factor",
-        "high_freq_factor",
+    }
+)
+_ROPE_KEYS: Mapping[str, frozenset[str]] = types.MappingProxyType(
+    {
+        "default": frozenset(),
+        "linear": frozenset({"factor"}),
+        "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
+        "yarn": frozenset(
+            {
+                "factor",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+            }
+        ),
     }
 )
 
@@ -222,6 +232,8 @@ def _model_type(config_json: Mapping[str, Any]) -> str:
             f"supported are {', '.join(MODEL_TYPES)} (dense)"
         )
     architectures = config_json.get("architectures")
+    if architectures is not None and not isinstance(architectures, list):
+        raise _wrong("architectures", "a list", architectures)
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise CheckpointError(
             f"config.json: architectures: {architectures!r} is not a language model with an "
@@ -245,14 +257,17 @@ def _refuse_sliding_window(
 ) -> None:
     layer_types = config_json.get("layer_types")
     if layer_types is not None:
+        if not isinstance(layer_types, list):
+            raise _wrong("layer_types", "a list", layer_types)
         other = sorted({str(name) for name in layer_types} - {"full_attention"})
         if other:
             raise CheckpointError(f"config.json: layer_types: {other[0]!r} is not supported")
         return  # the file says per layer; the fields below only fill in where it does not
     window = config_json.get("sliding_window")
+    first_layer = config_json.get("max_window_layers")  # the layers from here on have a window
     is_used = model_type == "llama" or (
         _flag(config_json, "use_sliding_window")
-        and config_json.get("max_window_layers", 28) < num_layers
+        and (not isinstance(first_layer, int) or first_layer < num_layers)
     )
     if window is not None and is_used:
         raise CheckpointError(
@@ -312,22 +327,30 @@ def _rope_fields(config_json: Mapping[str, Any]) -> Mapping[str, Any]:
         raise _wrong(key, "a map", fields)
     if set(fields) == {"full_attention"}:  # nested by layer type, all layers being of one
         fields = fields["full_attention"]
-    unknown = sorted(set(fields) - _ROPE_KEYS)
-    if unknown:
-        raise CheckpointError(f"config.json: {key}.{unknown[0]}: not supported")
+    rope_type = _rope_type(fields)
+    for name in sorted(set(fields) - _ROPE_KEYS_OF_ALL - _ROPE_KEYS[rope_type]):
+        if fields[name] is not None:
+            raise CheckpointError(
+                f"config.json: {key}.{name}: not supported with rope_type {rope_type!r}"
+            )
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(f"config.json: {key}.partial_rotary_factor: not supported")
     return fields
 
 
-def _rope(config_json: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    fields = _rope_fields(config_json)
+def _rope_type(fields: Mapping[str, Any]) -> str:
     rope_type = fields.get("rope_type", fields.get("type")) or "default"
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(
             f"config.json: rope_type: {rope_type!r} is not supported; "
             f"supported are {', '.join(ROPE_TYPES)}"
         )
+    return str(rope_type)
+
+
+def _rope(config_json: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
+    fields = _rope_fields(config_json)
+    rope_type = _rope_type(fields)
     source = fields if fields.get("rope_theta") is not None else config_json
     theta = _number(source, "rope_theta", 10_000.0)
     if rope_type == "default":
@@ -335,8 +358,9 @@ def _rope(config_json: Mapping[str, Any], max_position_embeddings: int) -> RopeC
     if rope_type == "linear":
         return RopeConfig(rope_type=rope_type, theta=theta, factor=_number(fields, "factor"))
     # A value outside the map was written by hand beside it and is the one transformers takes.
-    original = config_json if "original_max_position_embeddings" in config_json else fields
-    trained = _count(original, "original_max_position_embeddings", max_position_embeddings)
+    key = "original_max_position_embeddings"
+    source = config_json if config_json.get(key) is not None else fields
+    trained = _count(source, key, max_position_embeddings)
     if rope_type == "llama3":
         return _llama3(fields, theta, trained)
     return _yarn(fields, theta, trained, max_position_embeddings)

@@ -166,7 +166,7 @@ def store_kv(
     """
     _check_dims("key", key, 3)
     _check("value", value, tuple(key.shape), key.dtype, key.device)
-    _check_caches(k_cache, v_cache, key)
+    _check_caches(k_cache, v_cache, (None, None, *key.shape[1:]), key)
     _check("slot_mapping", slot_mapping, (key.shape[0],), torch.int64, key.device)
     reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
 
@@ -194,7 +194,7 @@ def paged_attention(
     Source: Kwon et al., SOSP 2023, for the layout; grouped queries: Ainslie et al., 2023.
     """
     _check_dims("query", query, 3)
-    _check_caches(k_cache, v_cache, query)
+    _check_caches(k_cache, v_cache, (None, None, None, query.shape[2]), query)
     if query.shape[1] % k_cache.shape[2]:
         raise KernelArgumentError(
             f"query: expected a multiple of the cache's {k_cache.shape[2]} heads, "
@@ -255,11 +255,10 @@ def _check(
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
 
 
-def _check_caches(k_cache: Tensor, v_cache: Tensor, heads: Tensor) -> None:
-    """Caches [B, S, K, d] for ``heads`` [T, H or K, d]."""
-    _check_dims("k_cache", k_cache, 4)
-    # H of queries is a multiple of the cache's K; keys must match it, which copying checks.
-    _check("k_cache", k_cache, (None, None, None, heads.shape[2]), heads.dtype, heads.device)
+def _check_caches(
+    k_cache: Tensor, v_cache: Tensor, shape: tuple[int | None, ...], heads: Tensor
+) -> None:
+    _check("k_cache", k_cache, shape, heads.dtype, heads.device)
     _check("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, k_cache.device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not cache.is_contiguous():

@@ -1,0 +1,49 @@
+"""embedding: exact rows of the table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import UGLY_SIZES
+from numeric import assert_bitwise_equal
+
+from ember_pp.errors import KernelArgumentError
+from ember_pp.kernels import embedding
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", UGLY_SIZES)
+def test_takes_the_row_of_each_token(num_tokens: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    weight = torch.randn(101, 24, generator=generator).to(device, dtype)
+    token_ids = torch.randint(0, 101, (num_tokens,), generator=generator).to(device)
+    token_ids[-1] = 100
+
+    rows = embedding(token_ids, weight)
+
+    expected = torch.stack([weight[token] for token in token_ids.tolist()])
+    assert_bitwise_equal(rows, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"token_ids": torch.zeros(3, dtype=torch.int32)},
+            r"token_ids: expected dtype .*int64.*int32",
+        ),
+        (
+            {"token_ids": torch.zeros(3, 1, dtype=torch.int64)},
+            r"token_ids: expected \[\*\], got \[3, 1\]",
+        ),
+        ({"weight": torch.zeros(8)}, r"weight: expected 2 dimensions, got shape \[8\]"),
+    ],
+    ids=["int32-ids", "ids-2d", "weight-1d"],
+)
+def test_rejects_bad_arguments_by_name(change: dict[str, torch.Tensor], message: str) -> None:
+    args = {"token_ids": torch.zeros(3, dtype=torch.int64), "weight": torch.zeros(8, 4)} | change
+    with pytest.raises(KernelArgumentError, match=message):
+        embedding(**args)

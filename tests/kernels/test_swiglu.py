@@ -1,0 +1,42 @@
+"""swiglu: silu of the first half times the second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import UGLY_SIZES
+from numeric import assert_close, sum_tolerance
+
+from ember_pp.errors import KernelArgumentError
+from ember_pp.kernels import swiglu
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_tokens", UGLY_SIZES)
+def test_gates_the_second_half_by_the_first(
+    num_tokens: int, dtype: torch.dtype, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    gate_up = torch.randn(num_tokens, 2 * 37, generator=generator).mul(4).to(device, dtype)
+
+    output = swiglu(gate_up)
+
+    gate, up = gate_up[:, :37].double(), gate_up[:, 37:].double()
+    assert output.dtype == dtype
+    assert_close(output, gate / (1 + (-gate).exp()) * up, sum_tolerance(dtype, 1))
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "message"),
+    [
+        (torch.zeros(4, 7), r"gate_up: expected \[T, 2I\], got \[4, 7\]"),
+        (torch.zeros(8), r"gate_up: expected 2 dimensions"),
+    ],
+    ids=["odd-width", "one-dim"],
+)
+def test_rejects_bad_arguments_by_name(gate_up: torch.Tensor, message: str) -> None:
+    with pytest.raises(KernelArgumentError, match=message):
+        swiglu(gate_up)
