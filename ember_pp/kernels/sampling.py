@@ -17,6 +17,7 @@ Functions take no decision that needs a value from the device when ``logits`` is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ _PHILOX_ROUNDS = 10
 _WEIGHT_SCALE = float(2**40)
 _RANK_SLACK = 64  # ranked beyond top_k, for tokens equal to the k-th
 _RANK_WITHOUT_TOP_K = 512  # holds the nucleus of nearly every row of real text
-_RANK_MAX = 4096
+_RANK_MORE = 8192  # for the rows that need more than that, before they are sorted whole
 _CHUNK_TOKENS = {"cpu": 2**17, "cuda": 2**24}  # a pass's working set stays in cache / in bounds
 
 
@@ -207,20 +208,38 @@ def draw_truncated_tokens(
     top_p [N] float64; min_p [N] float32; seeds, positions [N] int64. Returns [N] int64.
 
     On CPU only the most likely few hundred tokens are ranked; a row that proves to need more
-    is sorted whole. On CUDA every row is sorted. The result is the same either way.
+    is ranked to some thousands, and then sorted whole. On CUDA every row is sorted. The result
+    is the same either way.
     """
-    width = _rank_width(top_k, logits.shape[1]) if logits.device.type == "cpu" else logits.shape[1]
-    if width == logits.shape[1]:
-        return _draw_sorted(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    values, token_ids = rank_tokens(logits, width)
-    total = _total_weights(logits, values[:, 0], temperature, (top_k == 0) & (top_p < 1.0))
-    num_kept = count_kept(values, temperature, top_k, top_p, min_p, total)
-    drawn = _draw_ranked(values, token_ids, num_kept, temperature, seeds, positions)
-    rest = (~_is_complete(values, num_kept, top_k)).nonzero()[:, 0]
+    settings = _Settings(temperature, top_k, top_p, min_p, seeds, positions)
+    if logits.device.type != "cpu":
+        return _draw_sorted(logits, settings)
+    drawn = torch.empty(logits.shape[0], dtype=torch.int64)
+    rest = torch.arange(logits.shape[0])
+    for width in _rank_widths(top_k, logits.shape[1]):
+        if not len(rest):
+            break
+        chosen = logits if len(rest) == len(logits) else logits[rest]  # spare the usual copy
+        some, is_complete = _draw_ranked(chosen, settings.of(rest), width)
+        drawn[rest] = some
+        rest = rest[~is_complete]
     if len(rest):
-        settings = (temperature, top_k, top_p, min_p, seeds, positions)
-        drawn[rest] = _draw_sorted(logits[rest], *(setting[rest] for setting in settings))
+        drawn[rest] = _draw_sorted(logits[rest], settings.of(rest))
     return drawn
+
+
+class _Settings(NamedTuple):
+    """What ``draw_truncated_tokens`` takes beside the logits, [N] each."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seeds: Tensor
+    positions: Tensor
+
+    def of(self, rows: Tensor | slice) -> _Settings:
+        return _Settings(*(setting[rows] for setting in self))
 
 
 def rank_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -282,10 +301,10 @@ def _total_weights(
     return totals
 
 
-def _rank_width(top_k: Tensor, vocab_size: int) -> int:
+def _rank_widths(top_k: Tensor, vocab_size: int) -> list[int]:
     wanted = torch.where(top_k == 0, _RANK_WITHOUT_TOP_K, top_k + _RANK_SLACK)
-    width = min(int(wanted.max()), _RANK_MAX)
-    return width if width * 4 <= vocab_size else vocab_size
+    widths = {min(int(wanted.max()), _RANK_MORE), _RANK_MORE}
+    return sorted(width for width in widths if width * 4 <= vocab_size)
 
 
 def _kth(values: Tensor, top_k: Tensor) -> Tensor:
@@ -302,44 +321,37 @@ def _is_complete(values: Tensor, num_kept: Tensor, top_k: Tensor) -> Tensor:
     return (decisive > values[:, -1]) | (values[:, -1] == -torch.inf)
 
 
-def _draw_ranked(
-    values: Tensor,
-    token_ids: Tensor,
-    num_kept: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    width = max(int(num_kept.max()), 1)
-    values, token_ids = values[:, :width], token_ids[:, :width]
-    scores = _scaled(values, values[:, 0], temperature)
-    scores += gumbel_noise(seeds, positions, token_ids)
+def _draw_ranked(logits: Tensor, settings: _Settings, width: int) -> tuple[Tensor, Tensor]:
+    """Draws from the ``width`` most likely tokens, and in which rows these are enough."""
+    temperature, top_k, top_p, min_p, seeds, positions = settings
+    values, token_ids = rank_tokens(logits, width)
+    total = _total_weights(logits, values[:, 0], temperature, (top_k == 0) & (top_p < 1.0))
+    num_kept = count_kept(values, temperature, top_k, top_p, min_p, total)
+    is_complete = _is_complete(values, num_kept, top_k)
+    # Rows that are not complete are drawn again: their width must not be paid for here.
+    width = max(int((num_kept * is_complete).max()), 1)
+    scores = _scaled(values[:, :width], values[:, 0], temperature)
+    scores += gumbel_noise(seeds, positions, token_ids[:, :width])
     is_dropped = torch.arange(width, device=values.device) >= num_kept[:, None]
     scores.masked_fill_(is_dropped, -torch.inf)
     best = scores.amax(-1, keepdim=True)
     # Equal scores: the lowest id, as in a pass over the whole row.
-    drawn = token_ids.masked_fill(scores < best, torch.iinfo(torch.int64).max).amin(-1)
-    return torch.where(best[:, 0].isfinite(), drawn, NO_TOKEN)
+    is_worse = scores < best
+    drawn = token_ids[:, :width].masked_fill(is_worse, torch.iinfo(torch.int64).max).amin(-1)
+    return torch.where(best[:, 0].isfinite(), drawn, NO_TOKEN), is_complete
 
 
-def _draw_sorted(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def _draw_sorted(logits: Tensor, settings: _Settings) -> Tensor:
     drawn = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     ranks = torch.arange(logits.shape[1], device=logits.device)
     for rows in _row_chunks(logits):
+        temperature, top_k, top_p, min_p, seeds, positions = settings.of(rows)
         values, token_ids = rank_tokens(logits[rows], logits.shape[1])
-        num_kept = count_kept(values, temperature[rows], top_k[rows], top_p[rows], min_p[rows])
+        num_kept = count_kept(values, temperature, top_k, top_p, min_p)
         is_dropped = torch.empty_like(values, dtype=torch.bool)
         is_dropped.scatter_(1, token_ids, ranks >= num_kept[:, None])
         kept = logits[rows].masked_fill(is_dropped, -torch.inf)
-        drawn[rows] = draw_tokens(kept, temperature[rows], seeds[rows], positions[rows])
+        drawn[rows] = draw_tokens(kept, temperature, seeds, positions)
     return drawn
 
 

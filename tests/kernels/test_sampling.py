@@ -313,7 +313,7 @@ def test_ranking_a_part_draws_as_sorting_the_whole(vocab_size, grid, monkeypatch
     logits = make_logits(64, vocab_size, seed=3, grid=grid, spread=2.0)
     settings = random_settings(64, vocab_size, seed=5)
     settings["top_k"][:4] = torch.tensor([700, 2400, vocab_size, vocab_size - 1])
-    monkeypatch.setattr(sampling, "_rank_width", lambda top_k, vocab_size: vocab_size)
+    monkeypatch.setattr(sampling, "_rank_widths", lambda *_: [])
     expected = sampling.draw_truncated_tokens(logits, **settings)
     num_sorted = []
     draw_sorted = sampling._draw_sorted
@@ -322,10 +322,20 @@ def test_ranking_a_part_draws_as_sorting_the_whole(vocab_size, grid, monkeypatch
         "_draw_sorted",
         lambda x, *rest: num_sorted.append(len(x)) or draw_sorted(x, *rest),
     )
-    for width in (2, 9, 64, 576):
-        monkeypatch.setattr(sampling, "_rank_width", lambda *_, width=width: width)
-        assert torch.equal(sampling.draw_truncated_tokens(logits, **settings), expected)
-    assert 0 < num_sorted[-1] < num_sorted[0] < 64  # both ways were taken, at the last width too
+    for widths in ([2], [9], [64], [576], [2, 64, 576]):
+        monkeypatch.setattr(sampling, "_rank_widths", lambda *_, widths=widths: widths)
+        assert torch.equal(sampling.draw_truncated_tokens(logits, **settings), expected), widths
+    # Both ways were taken, also at the last widths, and the middle ones took rows off the sort.
+    assert 0 < num_sorted[3] < num_sorted[2] < num_sorted[0] < 64
+    assert num_sorted[4] == num_sorted[3]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 2303, 2304, 32_767, 32_768, 151_936])
+def test_ranked_widths_are_worth_less_than_a_sort(vocab_size):
+    for top_k in (0, 1, 20, 5000, vocab_size):
+        widths = sampling._rank_widths(torch.tensor([1, top_k]), vocab_size)
+        assert widths == sorted(set(widths))
+        assert all(4 * width <= vocab_size for width in widths)
 
 
 @pytest.mark.parametrize("device", DEVICES)
