@@ -242,12 +242,13 @@ class BatchOutput:
 
     def _remove_empty(self) -> None:
         """A run that was refused leaves no empty files behind."""
-        for path in self._created:
-            with contextlib.suppress(OSError):
-                if path.stat().st_size == 0:
-                    path.unlink()
-                    if path == self.path and self.manifest_path is not None:
-                        self.manifest_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if any(path.stat().st_size for path in self._created):
+                return
+            for path in self._created:
+                path.unlink()
+            if self.path in self._created and self.manifest_path is not None:
+                self.manifest_path.unlink(missing_ok=True)
 
     def _open(self, path: Path | None, standard: TextIO, key: str) -> LineFile:
         if path is None:

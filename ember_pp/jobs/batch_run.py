@@ -190,6 +190,7 @@ class BatchRun:
                 self._flush()
             raise
         self._flush()
+        self._progress.show_running(self.tally, num_open=len(self._open), is_final=True)
         with contextlib.suppress(EmberError):  # all is done: only the table would be poorer
             self._ask_status()
 
@@ -242,8 +243,10 @@ class BatchRun:
 
     def _put_back(self, submitted: _Submitted) -> None:
         self._retry.append(submitted)
-        self._not_before_s = self._clock() + self._backoff_s
-        self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)
+        now_s = self._clock()
+        if now_s >= self._not_before_s:  # the first refusal of a round counts for all of it
+            self._not_before_s = now_s + self._backoff_s
+            self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)
 
     # -- receiving
 
@@ -329,13 +332,13 @@ class BatchRun:
     # -- watching
 
     def _show(self) -> None:
-        if self.ready_s is not None:
-            self._progress.show_running(self.tally, num_open=len(self._open))
-            return
-        if self._clock() >= self._next_status_s:
+        if self.ready_s is None and self._clock() >= self._next_status_s:
             self._ask_status()
             self._next_status_s = self._clock() + _STATUS_INTERVAL_S
-        self._progress.show_loading(self.status or {})
+        if self.ready_s is None:
+            self._progress.show_loading(self.status or {})
+        else:
+            self._progress.show_running(self.tally, num_open=len(self._open))
 
     def _ask_status(self) -> None:
         self.status = self._client.status()

@@ -56,11 +56,11 @@ class Progress:
         if self._is_due():
             self._show(loading_line(status))
 
-    def show_running(self, tally: Tally, *, num_open: int) -> None:
+    def show_running(self, tally: Tally, *, num_open: int, is_final: bool = False) -> None:
         """How far the requests are; ``tally`` counts only what is durable."""
         if self._running_since_s is None:
             self._running_since_s = self._clock()
-        if self._is_due():
+        if self._is_due() or is_final:
             elapsed_s = self._clock() - self._running_since_s
             self._show(running_line(tally, self._num_total, num_open, elapsed_s))
 
