@@ -1,8 +1,8 @@
 """CPU time of one sampling call, by kind of request: ``python benchmarks/sampling_cpu.py``.
 
-Logits fall off like those of a language model: log-probability about -1.2 * log(rank), noise added,
-ids shuffled. That is a broad nucleus: top_p 0.9 alone keeps thousands of tokens.
-Times are CPU time of the process, which other load disturbs less than it does the clock on the wall.
+Logits fall off like those of a language model: log-probability about -1.2 * log(rank), with
+noise, ids shuffled. That is a broad nucleus: top_p 0.9 alone keeps thousands of tokens.
+Times are CPU time of the process, which other load disturbs less than wall time.
 Prints one JSON line with all conditions, and a table to stderr.
 """
 

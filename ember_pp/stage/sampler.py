@@ -421,7 +421,7 @@ class Sampler:
                 [max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], device
             ),
             top_k=_int_tensor([min(p.top_k, self._vocab_size) for p in params], device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+            top_p=_to_device(torch.tensor([p.top_p for p in params], dtype=torch.float64), device),
             min_p=_float_tensor([p.min_p for p in params], device),
         )
 
@@ -495,8 +495,15 @@ def _signed(seed: int) -> int:
 
 
 def _int_tensor(values: Sequence[int] | Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return _to_device(torch.tensor(values, dtype=torch.int64), device)
 
 
 def _float_tensor(values: Sequence[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return _to_device(torch.tensor(values, dtype=torch.float32), device)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    # Made on CUDA directly, or copied from pageable memory, it would wait for the stream.
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
