@@ -23,7 +23,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from ember_pp.errors import EXIT_FAILED, EXIT_OK, ProtocolError
+from ember_pp.errors import EXIT_FAILED, EXIT_OK
 from ember_pp.protocol import Message, Shutdown, StageConfig, StageFailed, StageHello, StageStats
 from ember_pp.sockets import DealerSocket
 from ember_pp.stage.capacity import host_facts
@@ -75,8 +75,9 @@ class StageControl:
         self._thread.start()
         try:
             exit_code = self._serve()
-        except ProtocolError as error:
-            self._send_failure(error)
+        except Exception as error:  # noqa: BLE001  whatever it is, the coordinator must know
+            failure = failure_of(error, epoch=-1, stage_index=self._stage_index, plan=-1)
+            self._socket.send(failure)
             exit_code = EXIT_FAILED
         self._stop_worker()
         return exit_code
@@ -113,10 +114,6 @@ class StageControl:
             self._socket.send(stats)
             self._last_stats = stats
         self._next_stats_s = now_s + _STATS_PERIOD_S
-
-    def _send_failure(self, error: ProtocolError) -> None:
-        failure = failure_of(error, epoch=-1, stage_index=self._stage_index, plan=-1)
-        self._socket.send(failure)
 
     def _stop_worker(self) -> None:
         self._is_stopping = True

@@ -32,10 +32,10 @@ def make_shape(**changes):
     return RingShape(**(fields | changes))
 
 
-def make_edge(**changes):
+def make_edge(device=CPU, **changes):
     shape = make_shape(**changes)
-    receiver = open_receiver("auto", EDGE, shape, CPU)
-    return receiver, open_sender(receiver.handle, EDGE, shape, CPU)
+    receiver = open_receiver("auto", EDGE, shape, device)
+    return receiver, open_sender(receiver.handle, EDGE, shape, device)
 
 
 def make_hidden_states(plan, dtype=torch.bfloat16):
@@ -74,15 +74,19 @@ def wait_until(condition):
         time.sleep(0.001)
 
 
+DEVICES = [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_many_plans_arrive_exact_and_in_order(dtype):
+def test_many_plans_arrive_exact_and_in_order(dtype, device):
     """More plans than slots, sender and receiver each at its own pace."""
-    receiver, sender = make_edge(dtype=dtype)
+    receiver, sender = make_edge(device, dtype=dtype)
     num_plans = 50 * NUM_SLOTS
 
     def send_all():
         for plan in range(num_plans):
-            hidden_states = make_hidden_states(plan, dtype)
+            hidden_states = make_hidden_states(plan, dtype).to(device)
             sender.send(plan, hidden_states)
             hidden_states.zero_()  # allowed once send has returned
 
@@ -90,8 +94,8 @@ def test_many_plans_arrive_exact_and_in_order(dtype):
     for plan in range(num_plans):
         expected = make_hidden_states(plan, dtype)
         received = receiver.receive(plan, len(expected))
-        assert received.dtype == dtype
-        assert torch.equal(received, expected), f"{plan=}"
+        assert (received.dtype, received.device) == (dtype, device)
+        assert torch.equal(received.cpu(), expected), f"{plan=}"
         receiver.release(plan)
     sending.finish()
     sender.drain(timeout_s=0)
@@ -228,17 +232,25 @@ def test_too_little_memory_says_what_to_lower(monkeypatch):
 # ---------------------------------------------------------------- probe
 
 
-def run_probe(receiver, sender, *, timeout_s=JOIN_S):
+def run_probe(receiver, sender, *, device=CPU, timeout_s=JOIN_S):
     receiving = Background(probe_receiver, receiver, 17, timeout_s=timeout_s)
-    return probe_sender(sender, 17, CPU, timeout_s=timeout_s), receiving.finish()
+    return probe_sender(sender, 17, device, timeout_s=timeout_s), receiving.finish()
 
 
-def test_probe_passes_and_leaves_the_edge_fresh():
-    receiver, sender = make_edge()
-    for result in run_probe(receiver, sender):
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_probe_passes_and_leaves_the_edge_fresh(device):
+    receiver, sender = make_edge(device)
+    for result in run_probe(receiver, sender, device=device):
         assert result.is_ok, result.text
-    sender.send(0, make_hidden_states(0))
-    assert torch.equal(receiver.receive(0, 1), make_hidden_states(0))
+    sender.send(0, make_hidden_states(0).to(device))
+    assert torch.equal(receiver.receive(0, 1).cpu(), make_hidden_states(0))
+
+
+@pytest.mark.gpu
+def test_a_cuda_stage_copies_from_pinned_memory():
+    receiver, sender = make_edge(torch.device("cuda", 0))
+    assert receiver._ring.slots[0].is_pinned()
+    assert sender._ring.slots[0].is_pinned()
 
 
 class BitFlip:

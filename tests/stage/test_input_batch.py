@@ -104,12 +104,14 @@ HISTORY = [
 ]  # fmt: skip
 
 
-def test_history_equals_plain_loop():
-    table, model = make_table(vocab_size=32), Model()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_history_equals_plain_loop(device):
+    table, model = make_table(vocab_size=32, device=device), Model()
     for plan, (microbatch, fields) in enumerate(HISTORY):
         inputs = table.apply(make_execute(plan, microbatch, **fields))
         rows = model.rows(microbatch, **fields)
         model.check(inputs, rows)
+        assert inputs.block_tables.device == inputs.token_ids.device == torch.device(device)
         assert inputs.num_decode_rows == len(fields.get("decode_ids", []))
 
 

@@ -33,8 +33,6 @@ from ember_pp.stage.runner import StageRunner
 from ember_pp.stage.sampler import Sampler
 from ember_pp.stage.weights import load_stage
 
-CPU = torch.device("cpu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 JOIN_S = 120.0
 
 
@@ -46,7 +44,7 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
-def make_stages(folder, num_stages, dtype):
+def make_stages(folder, num_stages, dtype, device):
     """Runners of all stages with their edges, and the edges' ends to close."""
     cfg = ModelConfig.from_hf(read_config(folder))
     shape = RingShape(
@@ -56,14 +54,14 @@ def make_stages(folder, num_stages, dtype):
         dtype=dtype,
     )
     edges = [Edge(i, i + 1) for i in range(num_stages - 1)]
-    receivers = [open_receiver("host_shm", edge, shape, CPU) for edge in edges]
+    receivers = [open_receiver("host_shm", edge, shape, device) for edge in edges]
     senders = [
-        open_sender(receiver.handle, edge, shape, CPU)
+        open_sender(receiver.handle, edge, shape, device)
         for edge, receiver in zip(edges, receivers, strict=True)
     ]
     ranges = partition.split_layers(cfg, num_stages, "equal")
     stages = [
-        make_stage(folder, cfg, dtype, stage_index, layers, source, sink)
+        make_stage(folder, cfg, dtype, device, stage_index, layers, source, sink)
         for stage_index, (layers, source, sink) in enumerate(
             zip(ranges, [None, *receivers], [*senders, None], strict=True)
         )
@@ -71,24 +69,25 @@ def make_stages(folder, num_stages, dtype):
     return stages, receivers + senders
 
 
-def make_stage(folder, cfg, dtype, stage_index, layers, source, sink):
+def make_stage(folder, cfg, dtype, device, stage_index, layers, source, sink):
     ends = {"is_first": source is None, "is_last": sink is None}
     checkpoint = Checkpoint.open(folder)
-    weights = load_stage(checkpoint, cfg, *layers, **ends, dtype=dtype, device=CPU)
+    weights = load_stage(checkpoint, cfg, *layers, **ends, dtype=dtype, device=device)
+    max_blocks = -(-MAX_MODEL_LEN // BLOCK_SIZE)
     return StageRunner(
         stage_index,
         StageModel(cfg, weights, *layers, **ends),
-        KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, CPU),
-        SlotTable(MAX_SLOTS, -(-MAX_MODEL_LEN // BLOCK_SIZE), BLOCK_SIZE, num_blocks=NUM_BLOCKS),
+        KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, device),
+        SlotTable(MAX_SLOTS, max_blocks, BLOCK_SIZE, num_blocks=NUM_BLOCKS, device=device),
         source=source,
         sink=sink,
-        sampler=Sampler(cfg.vocab_size, MAX_SLOTS, (), CPU) if sink is None else None,
+        sampler=Sampler(cfg.vocab_size, MAX_SLOTS, (), device) if sink is None else None,
     )
 
 
-def replay(folder, num_stages, dtype, plans):
+def replay(folder, num_stages, dtype, device, plans):
     """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn."""
-    stages, ends = make_stages(folder, num_stages, dtype)
+    stages, ends = make_stages(folder, num_stages, dtype, device)
     answers, errors = [], []
 
     def work(runner):
@@ -112,15 +111,24 @@ def replay(folder, num_stages, dtype, plans):
     return answers
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("float32", "cpu"),
+        ("bfloat16", "cpu"),
+        pytest.param(("float32", "cuda:0"), marks=pytest.mark.gpu),
+        pytest.param(("bfloat16", "cuda:0"), marks=pytest.mark.gpu),
+    ],
+    ids="-".join,
+)
 def recorded(request, tmp_path_factory, demo_path):
     """Plans and answers of one stage, and the folder with all that it computed."""
-    tap = tmp_path_factory.mktemp(f"one-stage-{request.param}")
+    dtype, device = getattr(torch, request.param[0]), torch.device(request.param[1])
+    tap = tmp_path_factory.mktemp("one-stage")
     torch.set_num_threads(1)
-    dtype = DTYPES[request.param]
-    [runner], _ = make_stages(demo_path, 1, dtype)
+    [runner], _ = make_stages(demo_path, 1, dtype, device)
     plans, answers, sequences = record(runner.run, tap=str(tap))
-    return dtype, plans, answers, sequences, tap
+    return (dtype, device), plans, answers, sequences, tap
 
 
 def load_taps(folder, plan, num_stages):
@@ -158,10 +166,10 @@ def test_the_recording_has_everything(recorded):
 
 @pytest.mark.parametrize("num_stages", [2, 3, 8])
 def test_the_split_is_invisible(recorded, num_stages, tmp_path, demo_path):
-    dtype, plans, answers, _, one_stage = recorded
+    where, plans, answers, _, one_stage = recorded
     tapped = [dataclasses.replace(execute, tap=str(tmp_path)) for execute in plans]
 
-    assert replay(demo_path, num_stages, dtype, tapped) == answers
+    assert replay(demo_path, num_stages, *where, tapped) == answers
 
     cfg = ModelConfig.from_hf(read_config(demo_path))
     ranges = partition.split_layers(cfg, num_stages, "equal")
