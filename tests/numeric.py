@@ -13,7 +13,8 @@ LOGITS_FP32 = 1e-4
 """Our fp32 logits against transformers' (design.md, section 7)."""
 BF16_VS_OWN_FP32 = 1.25
 """Our bf16 error against fp32, over that of transformers' bf16 against the same fp32. Both are
-sums of thousands of roundings: they agree in size, not bit by bit."""
+sums of thousands of roundings: they agree in size, not bit by bit. On the demo model and 120
+tokens of English ours is 0.0085, theirs 0.0130 (worst token; means 0.0056 and 0.0061)."""
 
 _UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
 
