@@ -88,6 +88,7 @@ def all_conditions(repeats: int) -> dict[str, object]:
     """What a reader must know to compare the numbers."""
     return conditions() | {
         "load_average_1min": round(os.getloadavg()[0], 2),
+        "nice": os.nice(0),
         "kernel": platform.release(),
         "torch_threads": 1,
         "warm_up": WARM_UP,
