@@ -7,6 +7,7 @@ form in which transformers would, and refuses what the template would pass over 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ember_pp.template_sandbox import SandboxedTemplate, TemplateError
 
 _STANDARD_ROLES = ("system", "user", "assistant", "tool")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_TESTS_ARGUMENTS = re.compile(r"arguments\W{0,3}\s+is\s+(not\s+)?(string|mapping)")
 REFUSED_KWARGS = {
     "messages": "send them as the request's messages",
     "chat_template": "the template is the checkpoint's",
@@ -167,7 +169,7 @@ class ChatTemplate:
         self._variables = self._template.variables
         # Templates that know both forms of arguments say so; the others write what they get
         # as JSON, and JSON text would become a JSON string of it.
-        self._takes_json_arguments = "is string" in source and "arguments" in source
+        self._takes_json_arguments = _TESTS_ARGUMENTS.search(source) is not None
 
     def render(
         self,

@@ -16,19 +16,25 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.compiler
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
+import jinja2.utils
 
 MAX_TEXT_CHARS = 64 * 1024 * 1024
 """Longest text that a template may make."""
 MAX_WORK = 2**30
 """Work of one rendering, in characters handled; a prompt of a megabyte takes about 1% of it."""
-_WORK_PER_STEP = 256
+_WORK_PER_STEP = 512
 """What one pass through a block of the template counts as, in characters."""
+_WORK_PER_ITEM = 64
+"""What looking at one item of a list or map counts as, in characters."""
+_BYTES_PER_ITEM = 8
+"""What one item of a new list counts as, in characters."""
 _MAX_WIDTH = 100_000
 """Largest number that a template may hand to a function that pads or repeats."""
 
@@ -116,6 +122,30 @@ class _GenerationTag(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace(...)`` without names such as ``__class__``, which would mislead the sandbox."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        names = dict(*args, **kwargs)
+        for name in names:
+            _refuse_underscore(name)
+        super().__init__(names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"{name} is unsafe as a name in a namespace")
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """``dict(...)`` in templates, without the type and its attributes."""
+    return dict(*args, **kwargs)
+
+
 class TemplateLimitError(Exception):
     """A template made more text, or did more work, than one rendering may."""
 
@@ -141,10 +171,12 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self._account_output,
         )
         del self.globals["lipsum"]
+        self.globals["dict"] = _dict
+        self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.filters["tojson"] = _tojson
-        for name in ("batch", "center", "format", "indent", "join", "replace", "slice", "tojson"):
+        for name in _TEXT_FILTERS:
             self.filters[name] = self._bounded_filter(name, self.filters[name])
         self.reset()
 
@@ -171,11 +203,11 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             return len(value)
         if isinstance(value, Mapping):
-            self.spend(_WORK_PER_STEP + len(value))
+            self.spend(_WORK_PER_STEP + _WORK_PER_ITEM * len(value))
             return sum(self.text_size(k) + self.text_size(v) for k, v in value.items())
         if isinstance(value, list | tuple):
-            self.spend(_WORK_PER_STEP + len(value))
-            return len(value) + sum(self.text_size(item) for item in value)
+            self.spend(_WORK_PER_STEP + _WORK_PER_ITEM * len(value))
+            return len(value) + sum(map(self.text_size, value))
         return 8
 
     def concat_texts(self, parts: Sequence[Any]) -> str:
@@ -192,8 +224,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._account_repeat(left, right)
         elif operator == "%" and isinstance(left, str):
             self._account_call("format", left, right if isinstance(right, tuple) else (right,))
-        elif isinstance(left, str | list | tuple):
-            self.account((left, right) if isinstance(left, str) else (*left, right))
+        elif isinstance(left, str):
+            self.account((left, right))
+        elif isinstance(left, list | tuple) and isinstance(right, list | tuple):
+            self._account_list(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
     def call(  # jinja2's odd names: keyword arguments of the template must not meet ours
@@ -213,15 +247,23 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _account_output(self, value: Any) -> Any:
         return self.account(value)
 
+    def _account_list(self, length: int) -> None:
+        if length * _BYTES_PER_ITEM > MAX_TEXT_CHARS:
+            raise TemplateLimitError(f"makes a list of {length} items")
+        self.spend(length * _BYTES_PER_ITEM)
+
     def _account_repeat(self, left: Any, right: Any) -> None:
-        for text, count in ((left, right), (right, left)):
-            if isinstance(text, str | list | tuple) and isinstance(count, int):
-                self.spend(_WORK_PER_STEP)
-                if self.text_size(text) * count > MAX_TEXT_CHARS:
-                    raise TemplateLimitError(f"repeats something {count} times")
-                self.spend(self.text_size(text) * max(count, 0))
-            elif isinstance(text, int) and text.bit_length() > 1024:
+        for value, count in ((left, right), (right, left)):
+            if isinstance(value, int) and value.bit_length() > 1024:
                 raise TemplateLimitError("multiplies without end")
+            if not isinstance(count, int):
+                continue
+            if isinstance(value, list | tuple):
+                self._account_list(len(value) * max(count, 0))
+            elif isinstance(value, str):
+                if len(value) * count > MAX_TEXT_CHARS:
+                    raise TemplateLimitError(_TOO_LONG)
+                self.spend(len(value) * max(count, 0))
 
     def _account_call(self, name: str, subject: Any, args: Sequence[Any]) -> None:
         """Pay for the text that method or filter ``name`` of ``subject`` may make at most."""
@@ -240,6 +282,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             size += (subject.count("{") + 1) * sum(given) if isinstance(subject, str) else 0
         elif name in ("indent", "expandtabs"):
             size += (size + 1) * max(widest, 4)
+        elif name == "wordwrap":
+            size += (size + 1) * sum(given)
         else:
             size += widest
         if size > MAX_TEXT_CHARS:
@@ -261,6 +305,12 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return bounded
 
 
+_TEXT_FILTERS = (
+    *("batch", "capitalize", "center", "e", "escape", "forceescape", "format", "indent", "join"),
+    *("lower", "pprint", "replace", "safe", "slice", "string", "striptags", "title", "tojson"),
+    *("trim", "truncate", "upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"),
+)
+"""Filters that make text of what they get, or repeat it."""
 _WIDE_FORMAT = re.compile(r"\d{6}")
 
 

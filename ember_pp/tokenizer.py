@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import tokenizers.processors
 
 from ember_pp.chat_template import ChatTemplate, check_messages
 from ember_pp.errors import CheckpointError, InvalidRequestError
@@ -133,9 +132,11 @@ class Tokenizer:
         """True when a text is nothing but the joined ``token_bytes`` of its tokens."""
         return self._byte_values is not None
 
-    def is_byte_token(self, token_id: int) -> bool:
-        """True for the spelling of one byte as ``<0x0A>``."""
-        return not self.is_byte_level and _is_byte_token(self._backend.id_to_token(token_id) or "")
+    def joins_next(self, token_id: int) -> bool:
+        """True when text after ``token_id`` may change what it decodes to: it spells one byte
+        as ``<0x0A>``, or is no token at all and leaves the one before it to decide."""
+        token = self._backend.id_to_token(token_id)
+        return token is None or _is_byte_token(token)
 
     def is_special(self, token_id: int) -> bool:
         """True for tokens that ``skip_special_tokens`` leaves out."""
@@ -211,7 +212,7 @@ class IncrementalDetokenizer:
         """Ids whose text is out, kept to decode what follows as it is decoded after them."""
         self._pending: list[int] = []
         self._num_decodable = 0
-        """How many of the pending ids come before the run of bytes at the end."""
+        """How many of the pending ids come before a run of bytes at the end."""
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take more ids; return the text that became certain."""
@@ -222,7 +223,7 @@ class IncrementalDetokenizer:
             return self._utf8.decode(b"".join(map(tokenizer.token_bytes, token_ids)))
         for token_id in token_ids:
             self._pending.append(token_id)
-            if not tokenizer.is_byte_token(token_id):
+            if not tokenizer.joins_next(token_id):
                 self._num_decodable = len(self._pending)
         return self._decode_pending(self._num_decodable, is_last=False)
 
@@ -315,7 +316,11 @@ def _apply_config(
     special_tokens: Mapping[str, str],
     folder: Path,
 ) -> None:
-    """Change ``backend`` as ``tokenizer_config.json`` says, in the way transformers does."""
+    """Change ``backend`` as ``tokenizer_config.json`` says, in the way transformers does.
+
+    What goes around a text is ``tokenizer.json``'s to say (its post-processor); ``add_bos_token``
+    and ``add_eos_token`` are left alone, as transformers does where there is a ``tokenizer.json``.
+    """
     path = folder / "tokenizer_config.json"
     for token in _added_tokens(config.get("added_tokens_decoder"), path):
         if backend.token_to_id(token.content) is None:
@@ -323,18 +328,6 @@ def _apply_config(
     for content in special_tokens.values():
         backend.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
     backend.encode_special_tokens = config.get("split_special_tokens") is True
-    if config.get("add_bos_token") is None and config.get("add_eos_token") is None:
-        return  # tokenizer.json says what goes around a text
-    template = ["$A"]
-    used: list[tuple[str, int | None]] = []
-    for name in ("bos_token", "eos_token"):
-        token_text = special_tokens.get(name)
-        if config.get(f"add_{name}") is True and token_text is not None:
-            template.insert(0 if name == "bos_token" else len(template), token_text)
-            used.append((token_text, backend.token_to_id(token_text)))
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=template, special_tokens=used
-    )
 
 
 def _added_tokens(decoder: Any, path: Path) -> list[tokenizers.AddedToken]:
