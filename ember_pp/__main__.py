@@ -184,10 +184,14 @@ def _quote_text(arguments: list[str]) -> list[str]:
             try:
                 parser.parse_override(argument)
             except HydraException:
-                escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-                argument = f'{key}="{escaped}"'
+                argument = f'{key}="{_escape(value)}"'
         quoted.append(argument)
     return quoted
+
+
+def _escape(text: str) -> str:
+    """In Hydra's quotes a backslash is itself, unless a quote comes after it."""
+    return re.sub(r"(\\+)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', text))
 
 
 @contextlib.contextmanager
