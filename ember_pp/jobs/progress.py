@@ -118,7 +118,7 @@ def running_line(tally: Tally, num_total: int, num_open: int, elapsed_s: float) 
     if tally.num_failed:
         parts.append(f"{tally.num_failed:,} failed")
     parts.append(f"{num_open:,} open")
-    if num_done and elapsed_s > 0:
+    if num_done and elapsed_s >= 1.0:
         parts.append(f"{tally.num_output_tokens / elapsed_s:,.0f} tokens/s")
         left_s = (num_total - num_done) * elapsed_s / num_done
         parts.append(f"{duration(left_s)} left")
