@@ -39,7 +39,7 @@ from ember_pp.jobs.batch_manifest import (
 from ember_pp.jobs.batch_output import BatchOutput
 from ember_pp.jobs.batch_requests import Requests, Shard
 from ember_pp.jobs.batch_run import BatchClient, BatchRun
-from ember_pp.jobs.progress import Progress, closing_table
+from ember_pp.jobs.progress import Progress, closing_table, counted
 from ember_pp.jobs.session import open_client
 
 Connect = Callable[[Config], contextlib.AbstractContextManager[BatchClient]]
@@ -161,6 +161,8 @@ class _Batch:
             self._prepare_output(manifest, model.fingerprint)
             if not num_total:
                 return self._report_nothing_to_do(requests)
+            if self._stop.is_set():
+                return EXIT_DRAINED
             with connect(self._config) as client:
                 return self._run(requests, client, model)
         with connect(self._config) as client:
@@ -199,6 +201,7 @@ class _Batch:
             sys.stderr, num_total=num_total, clock=self._clock, is_terminal=sys.stderr.isatty()
         )
         self._note_start(requests, progress)
+        started_s = self._clock()
         batch_run = BatchRun(
             client,
             requests.pending(),
@@ -213,7 +216,6 @@ class _Batch:
             grace_s=self._config.coordinator.shutdown_grace_s,
             clock=self._clock,
         )
-        started_s = self._clock()
         try:
             batch_run.run()
         except EmberError:
@@ -238,22 +240,22 @@ class _Batch:
             )
         if requests.ledger.num_answered:
             progress.note(
-                f"going on: {requests.ledger.num_answered:,} requests are answered in "
-                f"{self._output.path}, {requests.ledger.num_pending:,} are left"
+                f"going on: {counted(requests.ledger.num_answered, 'answer')} in "
+                f"{self._output.path}, {counted(requests.ledger.num_pending, 'request')} left"
             )
         if requests.ledger.num_foreign:
             progress.note(
-                f"{self._output.path}: {requests.ledger.num_foreign:,} answers are to requests "
-                "that the input does not have; they stay"
+                f"{self._output.path}: keeps {counted(requests.ledger.num_foreign, 'answer')} to "
+                "requests that the input does not have"
             )
 
     def _how_to_go_on(self, batch_run: BatchRun, num_total: int) -> str:
         num_done = batch_run.tally.num_ok
         if not self._output.is_resumable:
-            return f"{num_done:,} of {num_total:,} requests were answered"
+            return f"answered {num_done:,} of {counted(num_total, 'request')}"
         return (
-            f"{num_done:,} of {num_total:,} requests were answered and are in "
-            f"{self._output.path}; the same command runs the others"
+            f"answered {num_done:,} of {counted(num_total, 'request')}; the same command goes on "
+            f"from {self._output.path}"
         )
 
     def _sort(self, requests: Requests) -> None:
@@ -264,8 +266,8 @@ class _Batch:
     def _report_nothing_to_do(self, requests: Requests) -> int:
         self._sort(requests)
         if requests.ledger.num_answered:
-            text = f"all {requests.ledger.num_answered:,} requests are answered in"
-            text = f"{text} {self._output.path}"
+            num_answered = counted(requests.ledger.num_answered, "request")
+            text = f"{num_answered} answered in {self._output.path}, none left"
         else:
             text = "the input has no requests"
         self._print(f"nothing to do: {text}")

@@ -253,7 +253,7 @@ class BatchOutput:
     def _open(self, path: Path | None, standard: TextIO, key: str) -> LineFile:
         if path is None:
             standard.flush()
-            name, fd = f"standard stream of {key}", os.dup(standard.fileno())
+            name, fd = standard.name.strip("<>"), os.dup(standard.fileno())
         else:
             is_new = not path.exists()
             name, fd = str(path), _open_locked(path, key)

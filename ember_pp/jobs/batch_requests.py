@@ -15,6 +15,7 @@ from pathlib import Path
 from ember_pp.errors import BatchInputError, InvalidRequestError
 from ember_pp.jobs import openai
 from ember_pp.jobs.batch_input import BatchInput, Line, decode_line
+from ember_pp.jobs.progress import counted
 
 MAX_LISTED_PROBLEMS = 50
 _MAX_LISTED_RANGES = 500
@@ -213,14 +214,14 @@ class Requests:
                 problems.add(line.number, str(error))
         if problems and not skip_bad_lines:
             raise _refusal(
-                f"job.input: {len(problems)} lines cannot be used; nothing was started "
+                f"job.input: cannot use {counted(len(problems), 'line')}; nothing was started "
                 "(job.on_bad_line=skip runs the others)",
                 problems,
             )
         if changed:
             raise _refusal(
-                f"job.input: {len(changed)} requests are not those that were answered under "
-                "their custom_id; give them new ids, or job.overwrite=true starts over",
+                f"job.input: {counted(len(changed), 'request')} changed since an answer was "
+                "written under the same custom_id; give new ids, or job.overwrite=true starts over",
                 changed,
             )
 

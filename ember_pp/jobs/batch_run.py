@@ -30,7 +30,6 @@ from ember_pp.jobs.progress import Progress, Tally
 
 TICK_S = 0.2
 """Longest wait for an answer before signals, fsync and progress are looked at."""
-_STATUS_INTERVAL_S = 0.5
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
 _MAX_HELD_WINDOWS = 8
 _MAX_HELD_BYTES = 32 * 1024 * 1024
@@ -148,7 +147,7 @@ class BatchRun:
         self.tally = Tally()
         self.status: Mapping[str, Any] | None = None
         self.ready_s: float | None = None
-        """When the stages were ready, by ``clock``."""
+        """When the stages were last seen loading, by ``clock``; None while they are."""
         self._client = client
         self._pending = pending
         self._has_more = True
@@ -168,7 +167,8 @@ class BatchRun:
         self._unsynced = Tally()
         self._backoff_s = _MIN_BACKOFF_S
         self._not_before_s = 0.0
-        self._next_status_s = 0.0
+        self._loading_s = clock()
+        self._next_ask_s = self._loading_s
 
     def run(self) -> None:
         """Return when every pending request has ended, or soon after ``stop`` is set.
@@ -332,9 +332,8 @@ class BatchRun:
     # -- watching
 
     def _show(self) -> None:
-        if self.ready_s is None and self._clock() >= self._next_status_s:
+        if self.ready_s is None and self._clock() >= self._next_ask_s:
             self._ask_status()
-            self._next_status_s = self._clock() + _STATUS_INTERVAL_S
         if self.ready_s is None:
             self._progress.show_loading(self.status or {})
         else:
@@ -343,7 +342,9 @@ class BatchRun:
     def _ask_status(self) -> None:
         self.status = self._client.status()
         if self.ready_s is None and self.status.get("phase") == "ready":
-            self.ready_s = self._clock()
+            self.ready_s = self._loading_s  # not before: rates err on the low side
+        self._loading_s = self._clock()
+        self._next_ask_s = self._loading_s + TICK_S
 
     def _drain(self) -> None:
         """Give what is open the grace period to end, then let go of it."""

@@ -125,6 +125,11 @@ def running_line(tally: Tally, num_total: int, num_open: int, elapsed_s: float) 
     return ", ".join(parts)
 
 
+def counted(count: int, noun: str) -> str:
+    """E.g. ``1 line``, ``1,200 lines``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """E.g. ``8.5 s``, ``4 min 10 s``, ``3 h 20 min``."""
     if seconds < 10:

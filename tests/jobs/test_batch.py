@@ -326,7 +326,7 @@ def test_a_finished_job_starts_nothing(job, capsys):
     client.connect = lambda config: pytest.fail("a coordinator was started")
     assert job.run(client) == EXIT_OK
     assert capsys.readouterr().out == (
-        f"nothing to do: all 10 requests are answered in {job.output}\n"
+        f"nothing to do: 10 requests answered in {job.output}, none left\n"
     )
 
 
@@ -344,7 +344,7 @@ def test_answers_to_lines_that_are_gone_stay(job, capsys):
     job.write_input(3, first=4)
     assert job.run() == EXIT_OK
     assert set(job.ids()) == all_ids(6)
-    assert "3 answers are to requests that the input does not have" in capsys.readouterr().err
+    assert "keeps 3 answers to requests that the input does not have" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -563,13 +563,22 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_goes_on(job, capsys, is_orde
     assert len(client.submitted) < 40
     assert len(client.cancelled) == len(client.submitted) - len(job.ids())
     printed = capsys.readouterr()
-    assert f"{len(job.ids())} of 40 requests were answered" in printed.err
-    assert "the same command runs the others" in printed.err
+    assert f"answered {len(job.ids())} of 40 requests" in printed.err
+    assert f"the same command goes on from {job.output}" in printed.err
     assert job.run(ordered=is_ordered) == EXIT_OK
     assert len(job.ids()) == 40
     assert set(job.ids()) == all_ids(40)
     if is_ordered:
         assert job.ids() == [f"r{n}" for n in range(1, 41)]
+
+
+def test_a_stop_while_lines_are_checked_starts_nothing(job):
+    job.write_input(6)
+    stop = threading.Event()
+    stop.set()
+    client = FakeClient()
+    client.connect = lambda config: pytest.fail("a coordinator was started")
+    assert job.run(client, stop=stop) == EXIT_DRAINED
 
 
 def test_a_stop_when_all_is_done_changes_nothing(job):
@@ -612,7 +621,7 @@ def test_a_lost_coordinator_ends_the_job_and_what_is_done_stays(job, capsys, err
         job.run(FakeClient(on_wait=lose, outcomes=outcomes), max_open_requests=10)
     assert 10 <= len(job.ids()) < 40
     assert job.error_ids() == []
-    assert f"{len(job.ids())} of 40 requests were answered" in capsys.readouterr().err
+    assert f"answered {len(job.ids())} of 40 requests" in capsys.readouterr().err
     assert job.run() == EXIT_OK
     assert set(job.ids()) == all_ids(40)
     assert len(job.ids()) == 40
@@ -733,7 +742,7 @@ def test_a_full_disk_is_named_and_costs_no_answer(job, capsys):
     assert end.value.exit_code == EXIT_FAILED
     num_whole = job.output.read_bytes().count(b"\n")
     assert 0 < num_whole < 40
-    assert f"{num_whole} of 40 requests were answered" in capsys.readouterr().err
+    assert f"answered {num_whole} of 40 requests" in capsys.readouterr().err
     assert job.run() == EXIT_OK
     assert len(job.client.submitted) == 40 - num_whole
     assert set(job.ids()) == all_ids(40)

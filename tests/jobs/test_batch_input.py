@@ -208,13 +208,13 @@ def test_every_bad_line_is_listed_by_place(tmp_path):
     assert "temprature" in problems[2]
     assert "temperature" in problems[2]
     assert all(text in str(refusal.value) for text in problems)
-    assert "3 lines" in str(refusal.value)
+    assert "cannot use 3 lines" in str(refusal.value)
 
 
 def test_thousands_of_bad_lines_are_all_named_in_few_words(tmp_path):
     lines = [b"{" if 10 <= n < 3000 or n == 4000 else b'{"prompt": "a"}' for n in range(1, 5000)]
     path = write(tmp_path / "in.jsonl", b"\n".join(lines))
-    with pytest.raises(BatchInputError, match="2991 lines") as refusal:
+    with pytest.raises(BatchInputError, match="cannot use 2,991 lines") as refusal:
         requests_of(path).check(skip_bad_lines=False)
     assert len(refusal.value.problems) == 51
     assert refusal.value.problems[0].startswith(f"{path}:10: ")
