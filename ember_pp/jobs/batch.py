@@ -101,6 +101,8 @@ def _plan_files(job: BatchJob) -> _Files:
         raise ConfigError("job.errors: expected a file; answers alone can go to -")
     if job.output is None and not is_demo:
         raise ConfigError("job.output: missing; give a file for the answers, or - for stdout")
+    if job.output is not None and job.output.endswith(".gz"):
+        raise ConfigError("job.output: answers are written unpacked; name the file without .gz")
     shard = Shard.parse(job.shard)
     output = job.output or _DEMO_OUTPUT
     if is_demo:

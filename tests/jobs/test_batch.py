@@ -3,11 +3,13 @@
 import contextlib
 import fcntl
 import gzip
+import itertools
 import json
 import os
 import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ class Job:
         lines = [request_line(f"r{n}") for n in range(first, first + num_lines)]
         (self.folder / name).write_text("".join(lines))
 
-    def run(self, client=None, *, stop=None, groups=None, **settings):
+    def run(self, client=None, *, stop=None, groups=None, clock=time.monotonic, **settings):
         self.client = FakeClient() if client is None else client
         plain = {
             "job": {
@@ -62,7 +64,9 @@ class Job:
         }
         for name, values in (groups or {}).items():
             plain[name] = plain.get(name, {}) | values
-        return batch.run(configuration.build(plain), connect=self.client.connect, stop=stop)
+        return batch.run(
+            configuration.build(plain), connect=self.client.connect, stop=stop, clock=clock
+        )
 
     def ids(self):
         return [line["custom_id"] for line in read_lines(self.output)]
@@ -371,11 +375,12 @@ def test_wherever_the_output_was_cut_every_id_is_there_once(finished, data):
     assert len(done.client.submitted) == 4 - whole.count(b"\n")
 
 
-def test_every_byte_of_the_output_is_a_place_to_stop(finished, tmp_path, monkeypatch):
+def test_every_byte_of_the_last_lines_is_a_place_to_stop(finished, tmp_path, monkeypatch):
     _, content = finished
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # some thousand of them
     path = tmp_path / "out.jsonl"
-    for size in range(len(content) + 1):
+    start = content.index(b"\n", content.index(b"\n") + 1)  # the last byte of the second line
+    for size in range(start, len(content) + 1):
         path.write_bytes(content[:size])
         whole = content[: content.rfind(b"\n", 0, size) + 1]
         with BatchOutput(path, tmp_path / "errors.jsonl") as output:
@@ -646,10 +651,13 @@ def test_only_durable_answers_are_counted(job, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(batch.Progress, "show_running", show_running)
-    monkeypatch.setattr("ember_pp.jobs.batch_output.SYNC_INTERVAL_S", 1e-4)
     for is_ordered in (False, True):
-        assert job.run(ordered=is_ordered, overwrite=True) == EXIT_OK
-    assert len({*shown}) > 5
+        ticks = itertools.count()
+        settings_ = {"ordered": is_ordered, "overwrite": True, "clock": lambda: next(ticks) / 30}  # noqa: B023
+        assert job.run(FakeClient(per_wait=1), max_open_requests=5, **settings_) == EXIT_OK
+        assert len(job.ids()) == 60
+    # fsync is grouped: the same count is shown several times, then a higher one.
+    assert 5 < len({*shown}) < len(shown) / 2
 
 
 # --------------------------------------------------------------------------------------
@@ -684,6 +692,7 @@ def test_refuses_outputs_that_cannot_be(job, name, message):
         ({"errors": "-"}, "job.errors: expected a file"),
         ({"errors": "{}/no/e.jsonl"}, "job.errors: the folder .*/no does not exist"),
         ({"output": None}, "job.output: missing"),
+        ({"output": "{}/out.jsonl.gz"}, "job.output: answers are written unpacked"),
         ({"output": "{}/notes.txt"}, "job.output: .*/notes.txt is there and was not written by"),
         ({"errors": "{}/notes.txt"}, "job.errors: .*/notes.txt is there and was not written by"),
         ({"input": "{}/*.json"}, r"job.input: no file matches .*/\*.json"),
@@ -746,6 +755,21 @@ def test_a_full_disk_is_named_and_costs_no_answer(job, capsys):
     assert job.run() == EXIT_OK
     assert len(job.client.submitted) == 40 - num_whole
     assert set(job.ids()) == all_ids(40)
+
+
+def test_nothing_is_written_behind_half_a_line(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BatchOutput(tmp_path / "out.jsonl", tmp_path / "errors.jsonl") as output:
+        output.answers.append(b"a\n")
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6, limit[1]))
+            with pytest.raises(EmberError, match="File too large"):
+                output.answers.append(b"0123456789\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        with pytest.raises(EmberError, match="File too large"):
+            output.answers.append(b"b\n")  # there is room again, but not here
+    assert (tmp_path / "out.jsonl").read_bytes() == b"a\n0123"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -724,6 +724,20 @@ def test_logprobs_of_a_completion_answer():
     }
 
 
+def test_text_offsets_stay_inside_a_text_that_a_stop_string_cut():
+    request = parse(completion_line(logprobs=1))
+    answer = completion(text="Hell", logprobs=logprobs())
+    body = openai.success_body(request, answer, token_bytes=PIECES.__getitem__)
+    assert body["choices"][0]["logprobs"]["text_offset"] == [0, 3, 4, 4, 4]
+
+
+def test_a_logprob_that_json_has_no_number_for():
+    request = parse(chat_line(logprobs=True))
+    answer = completion(token_ids=[1], logprobs=[position(math.nan, (1, -math.inf))])
+    (entry,) = openai.success_body(request, answer)["choices"][0]["logprobs"]["content"]
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] == -9999.0
+
+
 def test_logprobs_without_any_top_tokens():
     answer = completion(logprobs=[position(-1.0)] * 5)
     completed = openai.success_body(
