@@ -99,7 +99,8 @@ def test_only_declared_dependencies_are_imported():
     allowed |= set(sys.stdlib_module_names)
     used = {module.partition(".")[0] for tree in TREES.values() for module in imports(tree)}
     assert used - allowed == set()
-    assert allowed - set(sys.stdlib_module_names) - used == set(), "declared and not used"
+    unused = allowed - set(sys.stdlib_module_names) - used
+    assert unused == {"numpy"}  # torch warns at every start where it is missing
 
 
 def test_nothing_is_pickled_or_evaluated():
