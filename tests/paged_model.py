@@ -69,7 +69,14 @@ class PagedModel:
         ``hidden`` takes the hidden states that leave each layer.
         """
         inputs = self.inputs(rows)
-        on_layer = None if hidden is None else (lambda _, states: hidden.append(states.clone()))
+        before = 0 if hidden is None else len(hidden)
+
+        def keep(layer_index: int, states: Tensor) -> None:
+            assert hidden is not None
+            assert layer_index == len(hidden) - before, "layers are numbered through all stages"
+            hidden.append(states.clone())
+
+        on_layer = None if hidden is None else keep
         states = None
         for model, cache in self.stages:
             states = model.forward(inputs, states, cache, on_layer=on_layer)

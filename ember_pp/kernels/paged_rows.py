@@ -100,7 +100,7 @@ def _group(
     row_lens = torch.tensor(lens, device=device)
     row_starts = torch.tensor([starts[row] for row in rows], device=device)
     tables = block_tables if is_everything else block_tables.index_select(0, row_index)
-    is_causal = is_even and query_len == context_len and query_len > 1
+    is_causal = query_len == context_len and query_len > 1  # no row is shorter than Q
     needs_mask = not is_causal and not (is_even and query_len == 1)
     tokens = row_starts[:, None] + torch.arange(query_len, device=device)
     return RowGroup(

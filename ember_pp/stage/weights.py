@@ -1,16 +1,18 @@
 """The weights of one stage: read from a checkpoint by name, or random.
 
 Projections that read the same input are stored as one matrix: Q, K and V, and gate and up. A
-tensor is copied straight from the mapped file into its place there, converted on the way.
+tensor is read from the file straight into its place there, or converted on the way.
 
 Shape letters: D hidden, H query heads, K KV heads, d head dim, I intermediate, V vocabulary.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -18,6 +20,11 @@ from torch import Tensor
 
 from ember_pp.checkpoint import Checkpoint, expected_tensors
 from ember_pp.model_config import EMBEDDING, FINAL_NORM, LM_HEAD, ModelConfig
+
+_STAGING_BYTES = 16 * 1024 * 1024
+_STORED_DTYPES = types.MappingProxyType(
+    {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+)
 
 OnProgress = Callable[[int, int], None]
 """Called with the bytes that are done and the bytes in all."""
@@ -95,26 +102,11 @@ def load_stage(
         start_layer, end_layer, EMBEDDING if is_first else None, head_name if is_last else None
     )
     assert set(places.by_name) == set(names), "a tensor without a place, or the other way round"
-    source = checkpoint.load(names) if checkpoint else _random_tensors(cfg, names, dtype, device)
-    num_bytes = {name: math.prod(shape) * dtype.itemsize for name, shape in names.items()}
     if checkpoint:
-        num_bytes = {name: checkpoint.tensors[name].num_bytes for name in names}
-    _fill(places.by_name, source, num_bytes, on_progress)
+        _read(checkpoint, places.by_name, on_progress)
+    else:
+        _draw(cfg, names, places.by_name, on_progress)
     return _share_equal_head(weights) if cfg.tie_word_embeddings else weights
-
-
-def _fill(
-    places: Mapping[str, Tensor],
-    source: Iterator[tuple[str, Tensor]],
-    num_bytes: Mapping[str, int],
-    on_progress: OnProgress | None,
-) -> None:
-    num_done, num_total = 0, sum(num_bytes.values())
-    for name, tensor in source:
-        places[name].copy_(tensor)
-        num_done += num_bytes[name]
-        if on_progress is not None:
-            on_progress(num_done, num_total)
 
 
 def _share_equal_head(weights: StageWeights) -> StageWeights:
@@ -193,22 +185,81 @@ class _Places:
 
 
 # --------------------------------------------------------------------------------------
+# weights of a checkpoint
+
+
+def _read(
+    checkpoint: Checkpoint, places: Mapping[str, Tensor], on_progress: OnProgress | None
+) -> None:
+    num_done, num_total = 0, checkpoint.num_bytes(places)
+    staging = _Staging(checkpoint, next(iter(places.values())).device)
+    for name in checkpoint.in_disk_order(places):
+        for num_bytes in staging.read(name, places[name]):
+            num_done += num_bytes
+            if on_progress is not None:
+                on_progress(num_done, num_total)
+
+
+class _Staging:
+    """Reads tensors to where they belong: straight into their place where that is the same
+    bytes in host memory, else in pieces through one buffer, pinned if they go to a GPU."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        is_pinned = device.type == "cuda"
+        self._buffer = torch.empty(_STAGING_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
+
+    def read(self, name: str, place: Tensor) -> Iterator[int]:
+        """Fill ``place``; yields the number of bytes after each piece."""
+        stored = self._checkpoint.tensors[name]
+        dtype = _STORED_DTYPES[stored.dtype]
+        is_same = place.device.type == "cpu" and place.dtype == dtype
+        if is_same and place.shape == stored.shape:
+            self._checkpoint.read_into(name, _bytes_of(place))
+            yield stored.num_bytes
+            return
+        num_rows = stored.shape[0]
+        row_bytes = stored.num_bytes // num_rows
+        rows_at_once = num_rows if len(stored.shape) == 1 else max(1, _STAGING_BYTES // row_bytes)
+        for start in range(0, num_rows, rows_at_once):
+            rows = min(rows_at_once, num_rows - start)
+            piece = self._buffer[: rows * row_bytes]
+            self._checkpoint.read_into(name, _bytes_of(piece), start_byte=start * row_bytes)
+            target = place if rows == num_rows else place[start : start + rows]
+            target.copy_(piece.view(dtype).view(rows, *stored.shape[1:]))
+            yield rows * row_bytes
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, to be written while the tensor lives. By address:
+    torch gives its memory to Python through numpy only, which need not be there."""
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+# --------------------------------------------------------------------------------------
 # random weights
 
 
-def _random_tensors(
+def _draw(
     cfg: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator(device)
+    places: Mapping[str, Tensor],
+    on_progress: OnProgress | None,
+) -> None:
+    num_done, num_total = 0, sum(math.prod(shape) for shape in shapes.values())
+    generator = torch.Generator(next(iter(places.values())).device)
     for name, shape in shapes.items():
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # a positive int64
         mean, deviation = _distribution(cfg, name, shape)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        yield name, tensor.normal_(mean, deviation, generator=generator)
+        drawn = places[name].new_empty(shape).normal_(mean, deviation, generator=generator)
+        places[name].copy_(drawn)
+        num_done += math.prod(shape)
+        if on_progress is not None:
+            itemsize = drawn.dtype.itemsize
+            on_progress(num_done * itemsize, num_total * itemsize)
 
 
 def _distribution(cfg: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
