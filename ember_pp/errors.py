@@ -12,8 +12,8 @@ EmberError                  base of all; ``code`` is its name on the wire
     TransportError
         ProtocolError       bytes that are no message of ours, or another version
         AddressError        an address cannot be bound, connected to, or is not allowed
-        HandoffError        an edge between two stages failed its probe or was closed; names the edge
-        DeadlineExceededError   nothing came in time; says who was awaited, how long (also TimeoutError)
+        HandoffError        an edge between two stages failed its probe or was closed; names it
+        DeadlineExceededError   nothing came in time; says who was awaited  (also TimeoutError)
     StageError              holds ``stage_index``
         StageFailedError    a stage raised; holds the remote type, text and traceback
         StageDiedError      a stage process ended or fell silent; holds the exit code

@@ -24,7 +24,7 @@ class EosSource(Protocol):
 def read_eos_token_ids(
     generation_config: Mapping[str, Any],
     model_config_json: Mapping[str, Any],
-    tokenizer: EosSource,
+    tokenizer: EosSource | None,
 ) -> tuple[int, ...]:
     """Ids that end a text: the first of ``generation_config.json``, ``config.json`` and the
     tokenizer's ``eos_token`` that names any.
@@ -41,6 +41,8 @@ def read_eos_token_ids(
         if not all(type(token_id) is int and token_id >= 0 for token_id in token_ids):
             raise CheckpointError(f"{name}: eos_token_id: expected token ids, got {given!r}")
         return tuple(dict.fromkeys(token_ids))
+    if tokenizer is None:
+        return ()
     token = tokenizer.special_tokens.get("eos_token")
     token_id = None if token is None else tokenizer.token_id(token)
     return () if token_id is None else (token_id,)

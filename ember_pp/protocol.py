@@ -335,7 +335,7 @@ class Sampled(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageStats(Message):
-    """Running totals of a stage since its start, sent about once a second while it works."""
+    """Running totals of a stage since its start, sent some times a second while they change."""
 
     TAG: ClassVar[str] = "stage_stats"
     epoch: int
@@ -495,7 +495,8 @@ def _identity(value: Any) -> Any:
 
 
 def _struct_to_array(value: Any) -> list[Any]:
-    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(type(value))]
+    cls: Any = type(value)
+    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(cls)]
 
 
 @functools.cache
@@ -563,7 +564,7 @@ def _union_codec(options: tuple[Any, ...]) -> tuple[_Encoder, _Decoder]:
     return encode_value, decode_value
 
 
-def _decode_fields(cls: type[Any], values: Any, where: str) -> Any:
+def _decode_fields(cls: Any, values: Any, where: str) -> Any:
     codecs = _field_codecs(cls)
     if not isinstance(values, list) or len(values) != len(codecs):
         count = len(values) if isinstance(values, list) else type(values).__name__

@@ -1,14 +1,15 @@
 """What a request asks of the sampler and of the stop check.
 
 One frozen object, validated when it is made, in the order in which it is applied
-(``docs/sampling.md``): logit_bias and min_tokens, repetition
-penalty, presence and frequency penalty, temperature, top_k, top_p, min_p, draw.
+(``docs/sampling.md``): logit_bias and min_tokens, repetition penalty, presence and frequency
+penalty, temperature, top_k, top_p, min_p, draw.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -160,6 +161,17 @@ def check_against_vocabulary(params: SamplingParams, vocab_size: int) -> None:
             raise InvalidRequestError(
                 f"{name}: token id {largest} is not in the vocabulary of {vocab_size} tokens"
             )
+
+
+def derive_seed(base_seed: int, seed_key: str) -> int:
+    """The seed, unsigned 64 bit, of a request without one: the same for the same key, always.
+
+    Args:
+        base_seed: ``sampling.seed`` of the run.
+        seed_key: a batch line's ``custom_id``, or what else names the request.
+    """
+    digest = hashlib.blake2b(f"{base_seed}/{seed_key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def suggest(name: str, known: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from ember_pp import protocol
@@ -11,7 +10,7 @@ from ember_pp.coordinator.preparation import Preparation
 from ember_pp.coordinator.request import Request
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.errors import InvalidRequestError
-from ember_pp.sampling_params import SamplingParams, check_against_vocabulary
+from ember_pp.sampling_params import SamplingParams, check_against_vocabulary, derive_seed
 from ember_pp.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 
 
@@ -86,8 +85,7 @@ class Admission:
     def _seed(self, params: SamplingParams, seed_key: str) -> int:
         if params.seed is not None:
             return params.seed % 2**64
-        digest = hashlib.blake2b(f"{self._base_seed}/{seed_key}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little")
+        return derive_seed(self._base_seed, seed_key)
 
 
 def _given(sampling: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from ember_pp.jobs.batch_answers import AnswerWriter, encode_line
 from ember_pp.jobs.batch_output import BatchOutput
 from ember_pp.jobs.batch_requests import BadLine, Item
 from ember_pp.jobs.progress import Progress, Tally
+from ember_pp.sampling_params import derive_seed
 
 TICK_S = 0.2
 """Longest wait for an answer before signals, fsync and progress are looked at."""
@@ -108,12 +108,6 @@ class InOrder:
         self._held.clear()
         self.num_bytes = 0
         return answers
-
-
-def derive_seed(base_seed: int, seed_key: str) -> int:
-    """The seed that a coordinator with this ``sampling.seed`` gives a request without one."""
-    digest = hashlib.blake2b(f"{base_seed}/{seed_key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 class BatchRun:

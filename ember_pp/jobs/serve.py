@@ -16,7 +16,7 @@ def run(config: Config) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
     address = config.coordinator.address or default_address()
     coordinator = dataclasses.replace(config.coordinator, address=address)
-    print(f"serving at {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"serving at {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     with StopSignal() as stop:
         serve(dataclasses.replace(config, coordinator=coordinator), stop)
     return EXIT_OK

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ember_pp.stage.worker import StageWorker
 
 TOKEN_VARIABLE = "EMBER_STAGE_TOKEN"
-_STATS_PERIOD_S = 1.0
+_STATS_PERIOD_S = 0.25
 _JOIN_TIMEOUT_S = 1.0
 _SWITCH_INTERVAL_S = 0.0005  # the control thread gets the GIL from the worker this soon
 _PR_SET_PDEATHSIG = 1

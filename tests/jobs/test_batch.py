@@ -33,8 +33,7 @@ from ember_pp.errors import (
 )
 from ember_pp.jobs import batch
 from ember_pp.jobs.batch_output import BatchOutput
-from ember_pp.jobs.batch_run import derive_seed
-from ember_pp.sampling_params import SamplingParams
+from ember_pp.sampling_params import SamplingParams, derive_seed
 
 
 class Job:
