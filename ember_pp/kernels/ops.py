@@ -10,6 +10,8 @@ all arguments of a call unless noted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
         KernelArgumentError: a shape, dtype or device differs from the above.
     """
     _check_dims("weight", weight, 2)
-    _check("token_ids", token_ids, (None,), torch.int64, weight.device)
+    _check_dims("token_ids", token_ids, 1)
+    _check("token_ids", token_ids, token_ids.shape, torch.int64, weight.device)
     return reference.embedding(token_ids, weight)
 
 
@@ -51,7 +54,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         KernelArgumentError: a shape, dtype or device differs from the above.
     """
     _check_dims("input", input, 2)
-    _check("weight", weight, (None, input.shape[1]), input.dtype, input.device)
+    _check_dims("weight", weight, 2)
+    _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
     if bias is not None:
         _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
     return reference.linear(input, weight, bias)
@@ -92,7 +96,7 @@ def add_rms_norm(
         KernelArgumentError: a shape, dtype or device differs from the above.
     """
     _check_dims("input", input, 2)
-    _check("residual", residual, tuple(input.shape), input.dtype, input.device)
+    _check("residual", residual, input.shape, input.dtype, input.device)
     _check("weight", weight, (input.shape[1],), input.dtype, input.device)
     return reference.add_rms_norm(input, residual, weight, eps)
 
@@ -165,8 +169,8 @@ def store_kv(
     Source: the slot layout of vLLM's PagedAttention (Kwon et al., SOSP 2023).
     """
     _check_dims("key", key, 3)
-    _check("value", value, tuple(key.shape), key.dtype, key.device)
-    _check_caches(k_cache, v_cache, (None, None, *key.shape[1:]), key)
+    _check("value", value, key.shape, key.dtype, key.device)
+    _check_caches(k_cache, v_cache, key.shape[1], key)
     _check("slot_mapping", slot_mapping, (key.shape[0],), torch.int64, key.device)
     reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
 
@@ -194,11 +198,12 @@ def paged_attention(
     Source: Kwon et al., SOSP 2023, for the layout; grouped queries: Ainslie et al., 2023.
     """
     _check_dims("query", query, 3)
-    _check_caches(k_cache, v_cache, (None, None, None, query.shape[2]), query)
-    if query.shape[1] % k_cache.shape[2]:
+    _check_dims("k_cache", k_cache, 4)
+    num_kv_heads = k_cache.shape[2]
+    _check_caches(k_cache, v_cache, num_kv_heads, query)
+    if query.shape[1] % num_kv_heads:
         raise KernelArgumentError(
-            f"query: expected a multiple of the cache's {k_cache.shape[2]} heads, "
-            f"got {query.shape[1]}"
+            f"query: expected a multiple of the cache's {num_kv_heads} heads, got {query.shape[1]}"
         )
     if query.shape[0] != rows.num_tokens:
         raise KernelArgumentError(
@@ -230,36 +235,28 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:
     if tensor.dim() != num_dims:
         raise KernelArgumentError(
-            f"{name}: expected {num_dims} dimensions, got shape {list(tensor.shape)}"
+            f"{name}: expected {num_dims} dimension{'s' if num_dims > 1 else ''}, "
+            f"got shape {list(tensor.shape)}"
         )
 
 
 def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """``None`` in ``shape``: any size."""
-    given = tensor.shape
-    if given != shape and not (
-        len(given) == len(shape)
-        and all(wanted in (None, size) for wanted, size in zip(shape, given, strict=True))
-    ):
-        wanted_text = ", ".join("*" if size is None else str(size) for size in shape)
-        raise KernelArgumentError(f"{name}: expected [{wanted_text}], got {list(given)}")
+    if tensor.shape != shape:
+        raise KernelArgumentError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != dtype:
         raise KernelArgumentError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
 
 
-def _check_caches(
-    k_cache: Tensor, v_cache: Tensor, shape: tuple[int | None, ...], heads: Tensor
-) -> None:
-    _check("k_cache", k_cache, shape, heads.dtype, heads.device)
-    _check("v_cache", v_cache, tuple(k_cache.shape), k_cache.dtype, k_cache.device)
+def _check_caches(k_cache: Tensor, v_cache: Tensor, num_kv_heads: int, heads: Tensor) -> None:
+    """Caches [B, S, K, d] for ``heads`` [T, H or K, d]."""
+    _check_dims("k_cache", k_cache, 4)
+    num_blocks, block_size = k_cache.shape[:2]
+    shape = (num_blocks, block_size, num_kv_heads, heads.shape[2])
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check(name, cache, shape, heads.dtype, heads.device)
         if not cache.is_contiguous():
             raise KernelArgumentError(f"{name}: expected contiguous, got stride {cache.stride()}")

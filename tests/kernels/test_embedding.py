@@ -37,7 +37,7 @@ def test_takes_the_row_of_each_token(num_tokens: int, dtype: torch.dtype, device
         ),
         (
             {"token_ids": torch.zeros(3, 1, dtype=torch.int64)},
-            r"token_ids: expected \[\*\], got \[3, 1\]",
+            r"token_ids: expected 1 dimension, got shape \[3, 1\]",
         ),
         ({"weight": torch.zeros(8)}, r"weight: expected 2 dimensions, got shape \[8\]"),
     ],

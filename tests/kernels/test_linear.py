@@ -37,7 +37,7 @@ def test_multiplies_with_the_transposed_weight(
     ("change", "message"),
     [
         ({"input": torch.zeros(4, 2, 3)}, r"input: expected 2 dimensions"),
-        ({"weight": torch.zeros(5, 7)}, r"weight: expected \[\*, 6\], got \[5, 7\]"),
+        ({"weight": torch.zeros(5, 7)}, r"weight: expected \[5, 6\], got \[5, 7\]"),
         ({"weight": torch.zeros(5, 6).bfloat16()}, r"weight: expected dtype torch.float32"),
         ({"bias": torch.zeros(6)}, r"bias: expected \[5\], got \[6\]"),
     ],

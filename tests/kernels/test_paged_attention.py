@@ -142,7 +142,7 @@ def test_rows_of_like_shape_are_computed_together() -> None:
         ({"query": torch.zeros(1, 96)}, r"query: expected 3 dimensions"),
         ({"query": torch.zeros(1, 5, 16)}, r"query: expected a multiple of the cache's 2 heads"),
         ({"query": torch.zeros(2, 6, 16)}, r"rows: expected 2 tokens as in query, got 1"),
-        ({"k_cache": torch.zeros(8, 16, 2, 8)}, r"k_cache: expected \[\*, \*, \*, 16\]"),
+        ({"k_cache": torch.zeros(8, 16, 2, 8)}, r"k_cache: expected \[8, 16, 2, 16\]"),
         ({"k_cache": torch.zeros(8, 16, 2, 16).bfloat16()}, r"k_cache: expected dtype"),
         ({"v_cache": torch.zeros(8, 16, 2, 16)}, r"v_cache: expected \[128, 16, 2, 16\]"),
     ],

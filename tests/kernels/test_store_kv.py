@@ -61,8 +61,8 @@ def test_writes_mapped_slots_and_nothing_else(
             r"slot_mapping: .*int64, got .*int32",
         ),
         ({"slot_mapping": torch.zeros(3, dtype=torch.int64)}, r"slot_mapping: expected \[4\]"),
-        ({"k_cache": torch.zeros(8, 16, 2, 64).bfloat16()}, r"k_cache: expected \[\*, \*, 2, 24\]"),
-        ({"k_cache": torch.zeros(8, 16, 1, 24).bfloat16()}, r"k_cache: expected \[\*, \*, 2, 24\]"),
+        ({"k_cache": torch.zeros(8, 16, 2, 64).bfloat16()}, r"k_cache: expected \[8, 16, 2, 24\]"),
+        ({"k_cache": torch.zeros(8, 16, 1, 24).bfloat16()}, r"k_cache: expected \[8, 16, 2, 24\]"),
         ({"v_cache": torch.zeros(8, 16, 2, 24)}, r"v_cache: expected dtype torch.bfloat16"),
         (
             {"v_cache": torch.zeros(8, 2, 16, 24).bfloat16().transpose(1, 2)},
