@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from conftest import BLOCK_SIZE
 from torch import Tensor
 
+from conftest import BLOCK_SIZE
 from ember_pp.checkpoint import Checkpoint, read_config
 from ember_pp.model_config import ModelConfig
 from ember_pp.partition import split_layers

@@ -151,12 +151,12 @@ def _load_tokenizer(model: ModelSettings, folder: Path | None) -> Tokenizer | No
 
 
 def _max_model_len(model: ModelSettings, model_config: ModelConfig) -> int:
-    longest = model_config.max_position_embeddings
+    longest = model_config.context_length
     if model.context_length is None:
         return longest
     if model.context_length > longest:
         raise ConfigError(
             f"model.context_length: {model.context_length} is above the {longest} positions "
-            "of the checkpoint (max_position_embeddings in its config.json)"
+            "of the checkpoint (max_position_embeddings and rope scaling in its config.json)"
         )
     return model.context_length

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import UGLY_SIZES
-from numeric import assert_bitwise_equal
 from torch import Tensor
 
+from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import add_rms_norm, rms_norm
+from numeric import assert_bitwise_equal
 
 EPS = 1e-6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import UGLY_SIZES
-from numeric import assert_bitwise_equal
 
+from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import embedding
+from numeric import assert_bitwise_equal
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import UGLY_SIZES
-from numeric import assert_close, sum_tolerance
 
+from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import linear
+from numeric import assert_close, sum_tolerance
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

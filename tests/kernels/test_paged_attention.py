@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import BLOCK_SIZE
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 from torch import Tensor
 
+from conftest import BLOCK_SIZE
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import paged_attention
 from ember_pp.kernels.paged_rows import PagedRows
+from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
 HEAD_DIM, NUM_BLOCKS = 16, 128
 SCALE = 0.3

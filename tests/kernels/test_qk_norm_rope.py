@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import UGLY_SIZES
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 from torch import Tensor
 
+from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import qk_norm_rope
+from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, EPS = 6, 2, 16, 1e-6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BLOCK_SIZE, UGLY_SIZES
-from numeric import assert_bitwise_equal
 from torch import Tensor
 
+from conftest import BLOCK_SIZE, UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import store_kv
+from numeric import assert_bitwise_equal
 
 NUM_BLOCKS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 24
 SENTINEL = -7.0  # exact in bf16

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from conftest import BLOCK_SIZE, UGLY_SIZES, MakeCheckpoint
 from numeric import (
     BF16_VS_OWN_FP32,
@@ -19,7 +21,6 @@ from numeric import (
     relative_error,
 )
 from paged_model import PagedModel
-from torch import Tensor
 
 YARN = {
     "rope_type": "yarn",

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
 from ember_pp.model_config import ModelConfig
 from ember_pp.stage.rope import rope_rows, rope_table
+from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},

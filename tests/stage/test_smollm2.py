@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from numeric import LOGITS_FP32, assert_close
-from paged_model import PagedModel
 
 from ember_pp.tokenizer import Tokenizer
+from numeric import LOGITS_FP32, assert_close
+from paged_model import PagedModel
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_smollm2.py"
 NUM_TOKENS = 24

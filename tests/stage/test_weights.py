@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from numeric import assert_bitwise_equal
-from paged_model import PagedModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +18,8 @@ from ember_pp.model_config import ModelConfig
 from ember_pp.partition import stage_weight_bytes
 from ember_pp.stage import weights as weights_module
 from ember_pp.stage.weights import StageWeights, load_stage
+from numeric import assert_bitwise_equal
+from paged_model import PagedModel
 
 BOTH_ENDS = [(True, True), (True, False), (False, True), (False, False)]
 
