@@ -133,6 +133,9 @@ ENDLESS = {
     + "{% set s = ns.x | string %}",
     "times": "{% set x = 'a' * 10000000000 %}",
     "times-list": "{% set x = [1] * 10000000000 %}",
+    "times-long-list": "{% set x = [1] * 20000000 %}",
+    "add-lists": "{% set x = [1] * 1000000 %}{% for a in range(99999) %}{% set y = x + x %}"
+    "{% endfor %}",
     "times-left": "{% set x = 10000000000 * 'a' %}",
     "power": "{{ 9 ** 9 ** 9 }}",
     "ljust": "{{ 'a'.ljust(10000000000) }}",

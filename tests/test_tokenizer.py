@@ -69,6 +69,13 @@ def train_byte_level(**options):
     return backend
 
 
+def byte_level_and_more():
+    """A decoder that joins bytes and then does something else."""
+    backend = train_byte_level()
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return backend
+
+
 def train_sentencepiece():
     """A small BPE in the manner of Llama 2's: spaces as U+2581, bytes as <0x0A>."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -95,6 +102,7 @@ def train_sentencepiece():
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] = not token["content"].startswith("<0x")
+    state["model"]["vocab"][""] = len(state["model"]["vocab"])  # a token without text
     state["added_tokens"] = [token for token in state["added_tokens"] if token["special"]]
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
@@ -128,7 +136,7 @@ def qwen3_folder(tmp_path_factory):
     return folder
 
 
-KINDS = ["byte-level", "sentencepiece", "metaspace", "demo"]
+KINDS = ["byte-level", "byte-level-and-more", "sentencepiece", "metaspace", "demo"]
 ALL_KINDS = [*KINDS, pytest.param("qwen3", marks=pytest.mark.optional)]
 
 
@@ -136,6 +144,7 @@ ALL_KINDS = [*KINDS, pytest.param("qwen3", marks=pytest.mark.optional)]
 def tokenizer_of(request, byte_level_folder, tmp_path_factory):
     makers = {
         "byte-level": lambda: byte_level_folder,
+        "byte-level-and-more": lambda: save(tmp_path_factory.mktemp("more"), byte_level_and_more()),
         "sentencepiece": lambda: save(tmp_path_factory.mktemp("spm"), train_sentencepiece()),
         "metaspace": lambda: save(tmp_path_factory.mktemp("meta"), train_metaspace()),
         "demo": lambda: DEMO,

@@ -318,11 +318,10 @@ def _sampling(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if name in _FLOAT_FIELDS:
             value = float(value) + 0.0  # -0.0 becomes 0.0
         elif name == "logit_bias":
-            value = {token_id: float(bias) for token_id, bias in sorted(value.items())}
+            value = {token_id: float(bias) for token_id, bias in value.items()}
         elif isinstance(value, tuple):
             value = list(value)
         sampling[name] = value
-    _check_plain("stop", sampling.get("stop"))
     return sampling
 
 
