@@ -76,7 +76,7 @@ ember_install() {
   ember_make_venv
   ember_say "installing into .venv (torch is large: minutes the first time)"
   rm -f -- "$EMBER_STAMP"
-  PIP_DISABLE_PIP_VERSION_CHECK=1 "$EMBER_VENV/bin/python" -m pip install \
+  PIP_DISABLE_PIP_VERSION_CHECK=1 "$EMBER_VENV/bin/python" -m pip install --quiet \
     --constraint "$EMBER_ROOT/constraints.txt" --editable "$EMBER_ROOT$extras" >&2 ||
     ember_die "installing failed: pip's message is above; run this again to go on"
   printf '%s\n%s\n' "$kind" "$(ember_key)" >"$EMBER_STAMP.new"
