@@ -238,9 +238,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         **kwargs: Any,
     ) -> Any:
         __self.spend(_WORK_PER_STEP)
-        subject = getattr(__obj, "__self__", None)
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja2 wraps str.format
+        subject = getattr(method, "__self__", None)
         if isinstance(subject, str):
-            __self._account_call(__obj.__name__, subject, (*args, *kwargs.values()))
+            __self._account_call(method.__name__, subject, (*args, *kwargs.values()))
         result = super().call(__context, __obj, *args, **kwargs)
         return __self.account(result) if isinstance(result, str) else result
 

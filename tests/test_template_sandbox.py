@@ -159,9 +159,10 @@ ENDLESS = {
 def test_no_rendering_goes_on_for_ever_or_fills_the_memory(source):
     template = SandboxedTemplate(source)
     started = time.process_time()
-    with pytest.raises(TemplateError):
+    with pytest.raises(TemplateError) as failure:
         template.render({})
-    assert time.process_time() - started < 20
+    assert "MemoryError" not in str(failure.value)  # refused, not run into the wall
+    assert time.process_time() - started < 8
 
 
 def test_each_rendering_has_an_account_of_its_own():
