@@ -5,9 +5,10 @@
 One plan of all running sequences after the other, in one process: ``next_plan``,
 ``plan_to_execute``, ``encode``, then ``decode`` of a ready-made ``Sampled`` and ``complete``.
 Every 16th plan gives each row a block; ``usual`` is the median plan, which gives none, and
-``mean`` is over whole periods of 16. Turning tokens into text (``Request.on_token``) is
-measured apart, per token. Times are CPU time of the process, less that of reading the clock.
-Prints a table and writes JSON.
+``mean`` is over whole periods of 16. ``append`` is, measured alone, the part of ``complete``
+that grows with the rows: pairing them with their tokens and appending these. Turning tokens
+into text (``Request.on_token``) is measured apart, per token. Times are CPU time of the
+process, less that of reading the clock. Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -128,6 +129,20 @@ def time_parts(num_rows: int) -> dict[str, float]:
     return {part: statistics.median(times) for part, times in times_us.items()}
 
 
+def time_append(num_rows: int) -> dict[str, float]:
+    """Microseconds for giving every row its token, with nothing else done."""
+    plan = steady_decode(num_rows, BLOCK_SIZE).next_plan()
+    assert plan is not None
+    token_ids = protocol.unpack_i32(protocol.pack_i32(range(num_rows)))
+    stamps = [time.process_time_ns()]
+    for _ in range(num_plans(num_rows)):
+        sampled = list(zip(plan.rows, token_ids, strict=True))
+        for sequence, token in sampled:
+            sequence.output_ids.append(token)
+        stamps.append(time.process_time_ns())
+    return {"append": statistics.median(per_interval_us(stamps))}
+
+
 def per_interval_us(stamps: list[int]) -> list[float]:
     """Times between readings of the clock, which costs ``CLOCK_NS`` itself."""
     return [(b - a - CLOCK_NS) / 1e3 for a, b in itertools.pairwise(stamps)]
@@ -161,17 +176,18 @@ def median_of(repeats: int, measure: Callable[[], dict[str, float]]) -> dict[str
 
 def measure_all(repeats: int) -> list[dict[str, Any]]:
     """One entry per number of rows, printed as it comes."""
-    print("microseconds per plan".ljust(24), "usual", " mean", *PARTS, sep="  ")
+    print("microseconds per plan".ljust(24), "usual", " mean", *PARTS, "append", sep="  ")
     results = []
     for num_rows in NUM_ROWS:
         totals = median_of(repeats, lambda n=num_rows: time_plans(n))
         parts = median_of(repeats, lambda n=num_rows: time_parts(n))
-        columns = [totals["usual_us"], totals["mean_us"], *parts.values()]
-        widths = [7, 7, *(len(part) for part in PARTS)]
+        append = median_of(repeats, lambda n=num_rows: time_append(n))
+        columns = [totals["usual_us"], totals["mean_us"], *parts.values(), append["append"]]
+        widths = [7, 7, *(len(part) for part in PARTS), 6]
         shown = [f"{c['median']:{w}.1f}" for c, w in zip(columns, widths, strict=True)]
         print(f"{num_rows:>5} sequences".ljust(22), *shown, sep="  ", flush=True)
-        plans = num_plans(num_rows)
-        results.append({"num_rows": num_rows, "num_plans": plans, **totals, "parts_us": parts})
+        sizes = {"num_rows": num_rows, "num_plans": num_plans(num_rows)}
+        results.append({**sizes, **totals, "parts_us": parts, "append_us": append["append"]})
     return results
 
 
