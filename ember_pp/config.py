@@ -147,6 +147,9 @@ class CoordinatorSettings:
     """Requests that may be open at once; more are refused."""
     max_prompt_tokens: int | None = None
     """Longest prompt; null: the context length."""
+    max_prompt_characters: int | None = None
+    """Longest prompt text, looked at before it is tokenised; null: 16 for each token that the
+    prompt may have."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest message from a client."""
     start_timeout_s: float = 1800.0
@@ -157,6 +160,7 @@ class CoordinatorSettings:
     def check(self) -> None:
         _at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
         _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
         _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:

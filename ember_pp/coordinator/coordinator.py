@@ -22,9 +22,14 @@ from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
 from ember_pp.coordinator.supervisor import EPOCH, StageState, Supervisor
 from ember_pp.errors import (
+    ConfigError,
     EmberError,
     InvalidRequestError,
+    NumericalError,
+    PipelineError,
     ProtocolError,
+    StageError,
+    TransportError,
     UnavailableError,
 )
 from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
@@ -34,6 +39,10 @@ logger = logging.getLogger(__name__)
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
 _MAX_STAGE_MESSAGE_BYTES = 256 * 1024 * 1024
 _START_CHECK_INTERVAL_S = 0.5
+_NO_TOKEN = (
+    "the model's logits are NaN or infinite for this request; check the checkpoint, or run with "
+    "model.dtype=float32"
+)
 
 
 class Coordinator:
@@ -84,6 +93,9 @@ class Coordinator:
         except EmberError as failure:
             self._fail_all(failure)
             raise
+        except Exception as bug:
+            self._fail_all(PipelineError(f"the coordinator failed: {type(bug).__name__}: {bug}"))
+            raise
         finally:
             self._supervisor.stop("the coordinator ends")
             if self._record is not None:
@@ -125,10 +137,14 @@ class Coordinator:
             prefix_caching=self._config.cache.prefix,
         )
         if self._config.debug.record is not None:
-            self._record = open(self._config.debug.record, "wb")  # noqa: SIM115  closed in run
+            try:
+                self._record = open(self._config.debug.record, "wb")  # noqa: SIM115  closed in run
+            except OSError as error:
+                path = self._config.debug.record
+                raise ConfigError(f"debug.record: {path}: {error.strerror}") from None
         waiting, self._waiting_for_start = self._waiting_for_start, []
         for request in waiting:
-            if request.request_id in self._requests:
+            if self._requests.get(request.request_id) is request:  # else it was cancelled
                 self._queue_or_refuse(request)
 
     def _issue_plans(self) -> None:
@@ -154,6 +170,10 @@ class Coordinator:
             request = self._requests.get(sequence.request_id)
             if request is None or request.sequence is not sequence:
                 continue  # its client went away during this very loop
+            if token_id < 0:
+                self._scheduler.finish(sequence)
+                self._fail(request, NumericalError(_NO_TOKEN))
+                continue
             finish_reason = request.on_token(token_id, logprobs.get(sequence))
             if finish_reason is not None:
                 self._scheduler.finish(sequence)
@@ -172,7 +192,8 @@ class Coordinator:
             case protocol.Cancel():
                 self._on_cancel(client, message)
             case protocol.Status():
-                self._clients.send(client, protocol.StatusReply(self.status()))
+                own = [r.request_id for r in self._requests.values() if r.client == client]
+                self._clients.send(client, protocol.StatusReply(self.status(), own))
             case ProtocolError():
                 self._refuse(client, "", message)
             case _:
@@ -192,6 +213,11 @@ class Coordinator:
         except EmberError as error:
             self._refuse(client, submit.request_id, error)
             return
+        except Exception as bug:  # whatever one request does to us, the others go on
+            logger.exception("request %r", submit.request_id)
+            reason = f"this request made the coordinator fail: {type(bug).__name__}"
+            self._refuse(client, submit.request_id, EmberError(reason))
+            return
         self._requests[request.request_id] = request
         self._queue_or_refuse(request)
 
@@ -202,8 +228,7 @@ class Coordinator:
         try:
             self._scheduler.add(request.sequence)
         except InvalidRequestError as error:
-            del self._requests[request.request_id]
-            self._refuse(request.client, request.request_id, error)
+            self._fail(request, error)
             return
         accepted = protocol.Accepted(request.request_id, request.sequence.num_prompt_tokens)
         self._clients.send(request.client, accepted)
@@ -242,10 +267,16 @@ class Coordinator:
     def _refuse(self, client: bytes, request_id: str, error: EmberError) -> None:
         self._clients.send(client, protocol.RequestFailed(request_id, error.to_wire()))
 
+    def _fail(self, request: Request, error: EmberError) -> None:
+        self._requests.pop(request.request_id, None)
+        self._refuse(request.client, request.request_id, error)
+
     def _fail_all(self, error: EmberError) -> None:
-        for request in self._requests.values():
-            self._refuse(request.client, request.request_id, error)
-        self._requests.clear()
+        """Tell every client; by the class of the error, that it is not the request's own fault."""
+        if not isinstance(error, UnavailableError | TransportError | StageError):
+            error = PipelineError(str(error))
+        for request in list(self._requests.values()):
+            self._fail(request, error)
 
     # status
 

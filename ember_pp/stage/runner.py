@@ -86,6 +86,8 @@ class StageRunner:
         self._sink = sink
         self._sampler = sampler
         self.times = RunnerTimes()
+        self._waited_before: tuple[int, int] | None = None
+        """What the ends of the edges had waited before the first plan: in the probe."""
 
     @torch.inference_mode()
     def run(self, execute: Execute) -> Sampled | None:
@@ -96,7 +98,9 @@ class StageRunner:
             HandoffError: an edge was closed.
         """
         started_ns = time.monotonic_ns()
-        waited_ns = self.times.wait_input_ns + self.times.wait_output_ns
+        if self._waited_before is None:
+            self._waited_before = self._waited_ns()
+        waited_ns = sum(self._waited_ns())
         inputs = self._slots.apply(execute)
         tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
         hidden_states = self._forward(execute, inputs, tap)
@@ -148,12 +152,20 @@ class StageRunner:
             tap.keep("token_ids", drawn.token_ids)
         return Sampled(execute.epoch, execute.plan, pack_i32(drawn.read()), drawn.logprobs)
 
+    def _waited_ns(self) -> tuple[int, int]:
+        """For input and for output, since the edges were made."""
+        return (
+            0 if self._source is None else self._source.waited_ns,
+            0 if self._sink is None else self._sink.waited_ns,
+        )
+
     def _count(self, started_ns: int, waited_before_ns: int) -> None:
-        times = self.times
-        times.wait_input_ns = 0 if self._source is None else self._source.waited_ns
-        times.wait_output_ns = 0 if self._sink is None else self._sink.waited_ns
-        waited_ns = times.wait_input_ns + times.wait_output_ns - waited_before_ns
-        times.busy_ns += time.monotonic_ns() - started_ns - waited_ns
+        assert self._waited_before is not None, "a plan has run"
+        times, waited_ns = self.times, self._waited_ns()
+        times.wait_input_ns = waited_ns[0] - self._waited_before[0]
+        times.wait_output_ns = waited_ns[1] - self._waited_before[1]
+        elapsed_ns = time.monotonic_ns() - started_ns
+        times.busy_ns += elapsed_ns - (sum(waited_ns) - waited_before_ns)
 
 
 class _Tap:
