@@ -284,7 +284,8 @@ class Config:
     handoff: Literal["auto", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "reference"] = "auto"
-    """Implementation of the model's operations; ``reference`` is plain torch."""
+    """Implementation of the model's operations; ``reference`` is plain torch, which is all that
+    this version has."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe log line that goes to stderr."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ember_pp import __version__, protocol
@@ -77,7 +78,7 @@ class Coordinator:
         self._num_plans = 0
         self._num_finished = 0
 
-    def run(self, stop: StopSignal) -> None:
+    def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> None:
         """Serve until a signal; open requests are then refused by name.
 
         Raises:
@@ -86,7 +87,10 @@ class Coordinator:
         try:
             self._supervisor.start()
             while stop.name is None:
+                was_ready = self._scheduler is not None
                 self._turn(stop.descriptor)
+                if self._scheduler is not None and not was_ready:
+                    announce("ready")
             raise UnavailableError(f"the coordinator was asked to end ({stop.name})")
         except UnavailableError as ending:
             self._fail_all(ending)
@@ -338,8 +342,16 @@ def _stage_status(stage: StageState, num_blocks: int) -> dict[str, Any]:
     return status
 
 
-def serve(config: Config, stop: StopSignal, launcher: Launcher | None = None) -> None:
+def serve(
+    config: Config,
+    stop: StopSignal,
+    *,
+    launcher: Launcher | None = None,
+    announce: Callable[[str], None] = logger.info,
+) -> None:
     """Run a coordinator at ``coordinator.address`` until ``stop``; call from the main thread.
+
+    ``announce`` is told when clients can connect and when the stages take work.
 
     Raises:
         EmberError: the model, the settings or the address cannot be used, or a stage failed.
@@ -357,7 +369,9 @@ def serve(config: Config, stop: StopSignal, launcher: Launcher | None = None) ->
             )
             supervisor = Supervisor(config, preparation, stages, launcher or LocalLauncher())
             try:
-                Coordinator(config, preparation, clients, stages, supervisor).run(stop)
+                coordinator = Coordinator(config, preparation, clients, stages, supervisor)
+                announce(f"listening at {address}, loading")
+                coordinator.run(stop, announce)
             finally:
                 stages.close(linger_ms=0)
     finally:
