@@ -49,8 +49,11 @@ class PipelineSettings:
 
     stages: int = 1
     """Number of stages, each a process with a contiguous slice of the layers."""
+    replicas: int = 1
+    """Copies of the whole pipeline under one coordinator; requests are spread over them."""
     devices: Any = "auto"
-    """``auto``, ``cpu``, or a list with one device per stage such as ``[cuda:0,cuda:1]``;
+    """``auto``, ``cpu``, or a list with one device per stage (replica after replica) such as
+    ``[cuda:0,cuda:1]``;
     a device may repeat. ``auto``: the GPUs in order, shared where there are fewer than stages;
     the CPU where there is none."""
     split: Any = "auto"
@@ -62,9 +65,10 @@ class PipelineSettings:
 
     def check(self) -> None:
         _at_least("pipeline.stages", self.stages, 1)
+        _at_least("pipeline.replicas", self.replicas, 1)
         _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
         _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
-        _check_devices(self.devices, self.stages)
+        _check_devices(self.devices, self.stages, self.replicas)
         _check_split(self.split, self.stages)
 
 
@@ -397,7 +401,7 @@ def _at_least(key: str, value: int | None, low: int) -> None:
         raise ConfigError(f"{key}: expected at least {low}, got {value}")
 
 
-def _check_devices(devices: Any, num_stages: int) -> None:
+def _check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
     key = "pipeline.devices"
     if isinstance(devices, str):
         if devices not in ("auto", "cpu") and not _is_device(devices):
@@ -407,9 +411,11 @@ def _check_devices(devices: Any, num_stages: int) -> None:
         return
     if not isinstance(devices, list | tuple):
         raise ConfigError(f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}")
-    if len(devices) != num_stages:
+    if len(devices) != num_stages * num_replicas:
+        copies = f" and pipeline.replicas={num_replicas}" if num_replicas > 1 else ""
         raise ConfigError(
-            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}; give one per stage"
+            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}{copies}; give one "
+            "per stage"
         )
     for device in devices:
         if device not in ("auto", "cpu") and not _is_device(device):

@@ -39,10 +39,15 @@ class Preparation:
     layer_ranges: list[tuple[int, int]]
     """Half-open layer range of each stage."""
     devices: list[str]
-    """Device of each stage."""
+    """Device of each stage, replica after replica."""
     cpu_threads: int
     """Torch threads of each CPU stage."""
     max_in_flight: int
+
+    def devices_of(self, replica: int) -> list[str]:
+        """Device of each stage of one replica."""
+        num_stages = len(self.layer_ranges)
+        return self.devices[replica * num_stages : (replica + 1) * num_stages]
 
 
 def prepare(config: Config) -> Preparation:
@@ -60,6 +65,7 @@ def prepare(config: Config) -> Preparation:
     generation = read_generation_config(folder) if folder else {}
     tokenizer = _load_tokenizer(config.model, folder)
     num_stages = config.pipeline.stages
+    num_processes = num_stages * config.pipeline.replicas
     return Preparation(
         model_config=model_config,
         folder=folder,
@@ -73,9 +79,9 @@ def prepare(config: Config) -> Preparation:
             config.pipeline.split,
             bytes_per_element=_BYTES_PER_ELEMENT[config.model.dtype],
         ),
-        devices=choose_devices(config.pipeline.devices, num_stages, count_gpus()),
+        devices=choose_devices(config.pipeline.devices, num_processes, count_gpus()),
         cpu_threads=config.pipeline.cpu_threads
-        or max(1, len(os.sched_getaffinity(0)) // num_stages),
+        or max(1, len(os.sched_getaffinity(0)) // num_processes),
         max_in_flight=config.pipeline.max_in_flight or default_max_in_flight(num_stages),
     )
 

@@ -160,6 +160,13 @@ class Scheduler:
         """True while any sequence waits, runs or is in flight."""
         return bool(self._running) or len(self._waiting) > 0
 
+    @property
+    def num_open_tokens(self) -> int:
+        """Known tokens of all sequences that wait or run: what a router calls load."""
+        return self._waiting.num_tokens + sum(
+            sequence.num_tokens for sequence in self._running.values()
+        )
+
     def stats(self) -> dict[str, int]:
         """Counts for ``status``; those of preemptions and tokens are totals since the start."""
         return {

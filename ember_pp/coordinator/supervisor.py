@@ -93,11 +93,18 @@ class Supervisor:
         preparation: the checked model and layout.
         router: bound socket that the stages connect to.
         launcher: starts the processes; ``start`` is called from the caller's thread.
+        replica: which copy of the model this is; it says which devices are its own.
     """
 
     def __init__(
-        self, config: Config, preparation: Preparation, router: RouterSocket, launcher: Launcher
+        self,
+        config: Config,
+        preparation: Preparation,
+        router: RouterSocket,
+        launcher: Launcher,
+        replica: int = 0,
     ) -> None:
+        self._replica = replica
         self._config = config
         self._preparation = preparation
         self._router = router
@@ -127,7 +134,8 @@ class Supervisor:
 
     def start(self) -> None:
         """Start all stage processes; call from the main thread."""
-        layout = zip(self._preparation.layer_ranges, self._preparation.devices, strict=True)
+        devices = self._preparation.devices_of(self._replica)
+        layout = zip(self._preparation.layer_ranges, devices, strict=True)
         for stage_index, ((start_layer, end_layer), device) in enumerate(layout):
             token = secrets.token_hex(16)
             process = self._launcher.start(stage_index, address=self._router.address, token=token)
@@ -142,13 +150,12 @@ class Supervisor:
                 )
             )
 
-    def send_to_all(self, message: protocol.Message) -> None:
-        """Send one message to every stage; it is encoded once.
+    def send_to_all(self, packed: bytes) -> None:
+        """Send one encoded message to every stage.
 
         Raises:
             StageDiedError: a stage is gone.
         """
-        packed = protocol.encode(message)
         for stage in self.stages:
             self._send(stage, packed)
 

@@ -65,6 +65,19 @@ def alone():
         return [client.generate(prompt, sampling=GREEDY).token_ids for prompt in PROMPTS]
 
 
+def test_replicas_share_the_work_and_change_no_token(alone):
+    with engine(pipeline={"replicas": 2, "stages": 2}) as client:
+        assert run_all(client, [(prompt, GREEDY) for prompt in PROMPTS]) == alone
+        stages = client.status()["stages"]
+    assert [(stage["replica"], stage["stage_index"]) for stage in stages] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert all(stage["plan"] > 0 for stage in stages)
+
+
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
 def test_tokens_depend_neither_on_stages_nor_on_company(num_stages, alone):
     with engine(pipeline={"stages": num_stages}) as client:
