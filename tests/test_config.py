@@ -53,6 +53,7 @@ KEYS = {
     "pipeline.devices",
     "pipeline.max_in_flight",
     "pipeline.split",
+    "pipeline.replicas",
     "pipeline.stages",
     "sampling.frequency_penalty",
     "sampling.ignore_eos",
