@@ -60,6 +60,9 @@ class PipelineSettings:
     """``auto`` (by cost), ``equal``, or a list with the number of layers of each stage."""
     max_in_flight: int | None = None
     """Plans in the pipeline at once; null: enough that no stage waits for the host."""
+    run_ahead: int = 1
+    """Tokens of a sequence that may be planned before the host has seen the ones before them; a
+    stop then costs as many steps for nothing. 0: the host is on the path of every token."""
     cpu_threads: int | None = None
     """Threads of each stage that runs on the CPU; null: the cores shared out, at least 1."""
 
@@ -67,6 +70,9 @@ class PipelineSettings:
         _at_least("pipeline.stages", self.stages, 1)
         _at_least("pipeline.replicas", self.replicas, 1)
         _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
+        _at_least("pipeline.run_ahead", self.run_ahead, 0)
+        if self.run_ahead > 8:
+            raise ConfigError(f"pipeline.run_ahead: expected at most 8, got {self.run_ahead}")
         _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
         _check_devices(self.devices, self.stages, self.replicas)
         _check_split(self.split, self.stages)

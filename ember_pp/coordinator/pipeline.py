@@ -122,6 +122,8 @@ class Pipeline:
             max_model_len=self._preparation.max_model_len,
             max_prompt_tokens=config.coordinator.max_prompt_tokens,
             prefix_caching=config.cache.prefix,
+            num_microbatches=self._preparation.num_microbatches,
+            run_ahead=config.pipeline.run_ahead,
         )
         if config.debug.record is not None:
             suffix = f".{self.replica}" if config.pipeline.replicas > 1 else ""

@@ -4,7 +4,7 @@ The life of one epoch, as messages (``docs/protocol.md``)::
 
     every stage:   start -> StageHello -> StageConfig -> StageProgress* -> StageReady
     all ready:     Start (agreed number of blocks, the next stage's handle) -> StageStarted
-    all started:   Probe to both ends of every edge -> ProbeReport
+    all started:   Probe to both ends of every edge, feedback last -> ProbeReport
     all probed:    the pipeline takes plans
 
 The supervisor is driven by the coordinator's loop: ``handle`` for each message, ``check`` when
@@ -264,7 +264,7 @@ class Supervisor:
         limiting = min(reports, key=lambda report: report.num_blocks)
         self.num_blocks = limiting.num_blocks
         self._check_capacity(limiting)
-        handles = [report.handle for report in reports[1:]] + [{}]
+        handles = [report.handle for report in (*reports[1:], reports[0])]  # feedback: to stage 0
         for stage, next_handle in zip(self.stages, handles, strict=True):
             start = protocol.Start(EPOCH, self.num_blocks, next_handle)
             self._send(stage, protocol.encode(start))
@@ -288,8 +288,9 @@ class Supervisor:
     def _probe_when_all_started(self) -> None:
         if any(stage.phase is not Phase.STARTED for stage in self.stages):
             return
-        pairs = list(zip(self.stages, self.stages[1:], strict=False))
-        for sender, receiver in pairs:
+        receivers = (*self.stages[1:], self.stages[0])
+        pairs = list(zip(self.stages, receivers, strict=True)) if len(self.stages) > 1 else []
+        for sender, receiver in pairs:  # every stage takes its edges in this order: no deadlock
             edge = f"{sender.stage_index}->{receiver.stage_index}"
             probe = protocol.encode(protocol.Probe(EPOCH, edge, secrets.randbits(32)))
             for end in (receiver, sender):
