@@ -21,8 +21,11 @@ class LateSource:
     sent: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     received: list[int] = dataclasses.field(default_factory=list)
     waited_ns: int = 7
+    is_held: bool = False
 
     def receive(self, plan, num_tokens):
+        assert not self.is_held, "the slot of the plan before was not given back"
+        self.is_held = True
         assert plan == len(self.received), "feedback is taken in plan order, without gaps"
         assert len(self.sent[plan]) == num_tokens
         self.received.append(plan)
@@ -32,6 +35,7 @@ class LateSource:
     def release(self, plan):
         assert plan == self.received[-1]
         self.slot.fill_(-1)
+        self.is_held = False
 
 
 def make_plan(plan, decode_slots, chunk_slots=(), feedback=-1):
