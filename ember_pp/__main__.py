@@ -217,8 +217,7 @@ def _set_environment(name: str, value: str | None) -> None:
 
 def _run_one(composed: DictConfig) -> int:
     if _is_sweep():
-        run = HydraConfig.get()
-        _say(f"run {run.job.num + 1}: {' '.join(run.overrides.task)}")
+        _say(_name_run())
     try:
         return _run_job(composed)
     except EmberError as error:
@@ -231,6 +230,12 @@ def _run_one(composed: DictConfig) -> int:
         raise
     except Exception:  # noqa: BLE001  a sweep goes on with the next run
         return _report_bug()
+
+
+def _name_run() -> str:
+    run = HydraConfig.get()
+    given = " ".join(text for text in run.overrides.task if not text.startswith("~"))
+    return f"run {run.job.num + 1}: " + re.sub(r"\\([{}])", r"\1", given)  # as it was typed
 
 
 def _run_job(composed: DictConfig) -> int:

@@ -18,13 +18,10 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ember_pp.errors import CheckpointError
 from ember_pp.model_config import EMBEDDING, FINAL_NORM, LM_HEAD, ModelConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BUNDLED_MODEL = "demo"
 INDEX_FILE = "model.safetensors.index.json"
@@ -297,7 +294,7 @@ class Checkpoint:
             raise _unreadable(stored.path, error) from None
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     """Write tensors as one safetensors file; the folder is made if it is missing."""
     from safetensors.torch import save_file  # brings in torch
 

@@ -135,6 +135,20 @@ def test_a_killed_installation_is_begun_again(checkout):
     assert len(checkout.installs()) == 2
 
 
+def test_after_a_failed_renewal_going_back_installs_too(checkout):
+    """What is installed then is neither the old nor the new."""
+    checkout.launch()
+    pins = checkout.root / "constraints.txt"
+    before = pins.read_text()
+    pins.write_text("# new\n")
+    (checkout.play / "pip_fails").touch()
+    assert checkout.launch()[0] == 2
+    (checkout.play / "pip_fails").unlink()
+    pins.write_text(before)
+    assert checkout.launch()[0] == 0
+    assert len(checkout.installs()) == 3
+
+
 def test_a_venv_that_somebody_else_made_is_kept(checkout):
     (checkout.root / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(checkout.elsewhere.parent / "bin/python3", checkout.root / ".venv/bin/python")

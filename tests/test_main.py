@@ -202,6 +202,15 @@ def test_multirun_runs_each_and_leaves_nothing_behind(batch_job, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_multirun_says_which_run_it_is(batch_job, capsys):
+    output = "job.output=${job.input}.out"
+    assert entry.main(["-m", "model.path=/m", "job.input=a,b", output]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"ember-pp: run 1: model.path=/m job.input=a {output}",
+        f"ember-pp: run 2: model.path=/m job.input=b {output}",
+    ]
+
+
 def test_a_single_run_leaves_nothing_behind(batch_job, tmp_path):
     assert entry.main([]) == 0
     assert Path.cwd() == tmp_path

@@ -30,6 +30,8 @@ from ember_pp.sampling_params import derive_seed
 
 TICK_S = 0.2
 """Longest wait for an answer before signals, fsync and progress are looked at."""
+_LAST_STATUS_S = 0.6
+"""Longest wait for the closing figures of the stages, which report some times a second."""
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
 _MAX_HELD_WINDOWS = 8
 _MAX_HELD_BYTES = 32 * 1024 * 1024
@@ -186,7 +188,7 @@ class BatchRun:
         self._flush()
         self._progress.show_running(self.tally, num_open=len(self._open), is_final=True)
         with contextlib.suppress(EmberError):  # all is done: only the table would be poorer
-            self._ask_status()
+            self._ask_last_status()
 
     # -- sending
 
@@ -340,6 +342,14 @@ class BatchRun:
         self._loading_s = self._clock()
         self._next_ask_s = self._loading_s + TICK_S
 
+    def _ask_last_status(self) -> None:
+        """Ask until every stage has reported its last plan, at most a short while."""
+        deadline_s = self._clock() + _LAST_STATUS_S
+        self._ask_status()
+        while self._clock() < deadline_s and not _is_settled(self.status or {}):
+            self._stop.wait(_LAST_STATUS_S / 10)
+            self._ask_status()
+
     def _drain(self) -> None:
         """Give what is open the grace period to end, then let go of it."""
         grace_s = 0.0 if self.ready_s is None else self._grace_s
@@ -354,3 +364,9 @@ class BatchRun:
             self._collect()
         if self._open:
             self._client.cancel(list(self._open))
+
+
+def _is_settled(status: Mapping[str, Any]) -> bool:
+    """True when the figures of all stages are those after the last plan."""
+    last_plan = status.get("num_plans", 0) - 1
+    return all(stage.get("plan", -1) >= last_plan for stage in status.get("stages", ()))
