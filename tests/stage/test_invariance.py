@@ -7,6 +7,7 @@ replayed through stages that run in threads with real ``host_shm`` edges between
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -107,14 +108,20 @@ def make_stage(
     )
 
 
-def replay(folder, num_stages, dtype, device, plans):
-    """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn."""
+def replay(folder, num_stages, dtype, device, plans, *, is_last_late=False):
+    """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn.
+
+    With ``is_last_late`` the last stage starts a plan only when the first cannot go on.
+    """
     stages, ends = make_stages(folder, num_stages, dtype, device)
     answers, errors = [], []
 
     def work(runner):
+        is_late = is_last_late and runner is stages[-1]
         try:
             for execute in plans:
+                while is_late and threads[0].is_alive() and not any(end.wait for end in of_first):
+                    time.sleep(0.0001)
                 sampled = runner.run(execute)
                 if sampled is not None:
                     answers.append(sampled)
@@ -123,6 +130,7 @@ def replay(folder, num_stages, dtype, device, plans):
             for end in ends:  # let the other stages go
                 end.close()
 
+    of_first = [end for end in ends if end.edge in (Edge(0, 1), Edge(num_stages - 1, 0))]
     threads = [threading.Thread(target=work, args=(stage,), daemon=True) for stage in stages]
     for thread in threads:
         thread.start()
@@ -211,3 +219,10 @@ def test_the_split_is_invisible(recorded, num_stages, tmp_path, demo_path):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), f"{name} of plan {execute.plan} differs"
+
+
+def test_feedback_that_is_as_late_as_can_be_changes_nothing(recorded, demo_path):
+    """Stage 0 has run as far ahead as it can each time that the last stage draws."""
+    where, plans, answers, _, _ = recorded
+    plans = [dataclasses.replace(execute, tap=None) for execute in plans]
+    assert replay(demo_path, 3, *where, plans, is_last_late=True) == answers
