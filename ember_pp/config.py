@@ -101,8 +101,10 @@ class CacheSettings:
 class SchedulerSettings:
     """How requests are put together to plans."""
 
-    policy: Literal["balanced"] = "balanced"
-    """``balanced``: plans in flight carry about the same number of tokens."""
+    policy: Literal["balanced", "greedy", "fixed"] = "balanced"
+    """``balanced``: plans in flight cost alike. ``greedy``: each takes all that its token budget
+    holds. ``fixed``: the same token budget for every plan, whatever waits. For comparison, see
+    ``docs/scheduling.md``."""
     max_sequences: int = 64
     """Sequences that may run at once, over all plans in flight."""
     max_tokens_per_plan: int = 512

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from ember_pp import protocol
 from ember_pp.config import Config
 from ember_pp.coordinator.launcher import Launcher
+from ember_pp.coordinator.policy import POLICIES
 from ember_pp.coordinator.preparation import Preparation
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence
@@ -124,6 +125,7 @@ class Pipeline:
             prefix_caching=config.cache.prefix,
             num_microbatches=self._preparation.num_microbatches,
             run_ahead=config.pipeline.run_ahead,
+            policy=POLICIES[config.scheduler.policy],
         )
         if config.debug.record is not None:
             suffix = f".{self.replica}" if config.pipeline.replicas > 1 else ""

@@ -14,9 +14,8 @@ the rows planned since, at most ``run_ahead``, are computed for nothing and thei
 Slot and blocks of a sequence that ended get a new owner only when the last plan that names it
 has come back, and only blocks whose tokens have all come back enter the prefix cache.
 
-*Balance.* A micro-batch admits up to its share of all that could run, and a plan takes its
-share of the prompt tokens that wait: a burst is spread over the plans in flight, and fewer
-sequences than micro-batches get a plan each.
+*Balance.* How many sequences a micro-batch admits and how many prompt tokens a plan takes is
+for the ``policy`` to say.
 
 *Order.* Admission is strictly first come first served: nobody passes a request that waits for
 blocks. Blocks for all known tokens are given on admission, for output one by one.
@@ -42,6 +41,7 @@ from ember_pp.coordinator.in_flight import InFlight
 from ember_pp.coordinator.limits import LengthLimits
 from ember_pp.coordinator.microbatch import Microbatch
 from ember_pp.coordinator.plan import Chunk, Plan, open_slot, plan_to_execute
+from ember_pp.coordinator.policy import POLICIES, Load, Policy
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.coordinator.waiting_queue import WaitingQueue
 
@@ -71,6 +71,7 @@ class Scheduler:
         max_model_len: longest sequence, prompt and output, in tokens.
         max_prompt_tokens: longest prompt; None: what ``max_model_len`` allows.
         prefix_caching: share the blocks of equal beginnings.
+        policy: how full micro-batches and plans get.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Scheduler:
         prefix_caching: bool = True,
         num_microbatches: int | None = None,
         run_ahead: int = 0,
+        policy: Policy = POLICIES["balanced"],
     ) -> None:
+        self.policy = policy
         self.max_in_flight = max_in_flight
         self.num_microbatches = num_microbatches or max_in_flight
         self.run_ahead = run_ahead
@@ -121,8 +124,8 @@ class Scheduler:
         self._retiring: dict[int, list[Sequence]] = {}  # ended in flight, by their last plan
         self._is_after_idle = True
         self._is_unbalanced = False
-        self._prefill_share = 0
-        self._is_share_stale = True
+        self._burst_tokens = 0
+        self._is_burst_stale = True
 
     # ---------------------------------------------------------------- requests
 
@@ -146,7 +149,7 @@ class Scheduler:
         sequence.max_total_tokens = self.limits.max_total_tokens(num_prompt_tokens, max_tokens)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
-        self._is_share_stale = True
+        self._is_burst_stale = True
         self._is_after_idle = self._is_after_idle or not self.has_work
         self._waiting.add_new(sequence)
 
@@ -393,30 +396,37 @@ class Scheduler:
         """Chunks of what is being prefilled here, then of what can be admitted."""
         if not microbatch.prefilling and not (may_admit and self._can_admit(microbatch)):
             return
-        room = min(self._prefill_tokens_per_plan(), self.max_tokens_per_plan - len(plan.decodes))
+        num_decodes = len(plan.decodes)
+        room = min(
+            self.policy.prefill_tokens(self._load(num_decodes)),
+            self.max_tokens_per_plan - num_decodes,
+        )
         for sequence in microbatch.prefilling:
             room -= self._add_chunk(plan, sequence, room)
         while room and may_admit and self._can_admit(microbatch):
             room -= self._add_chunk(plan, self._admit(microbatch, plan), room)
 
-    def _prefill_tokens_per_plan(self) -> int:
-        """The backlog's share of one plan, if as many plans as can work on it do.
-
-        It is set when something arrives, and kept while the backlog shrinks: the last plans
-        of a burst are as large as the first.
-        """
+    def _load(self, num_decodes: int) -> Load:
         backlog = [
             sequence.num_tokens - sequence.num_prefilled_tokens
             for microbatch in self._microbatches
             for sequence in microbatch.prefilling
             if sequence.num_tokens > sequence.num_prefilled_tokens
         ]
-        num_sequences = len(backlog) + len(self._waiting)
-        if self._is_share_stale or num_sequences < self.num_microbatches:
-            num_tokens = sum(backlog) + self._waiting.num_tokens
-            self._prefill_share = -(-num_tokens // min(num_sequences, self.num_microbatches))
-            self._is_share_stale = False
-        return self._prefill_share
+        backlog_tokens = sum(backlog) + self._waiting.num_tokens
+        if self._is_burst_stale:
+            self._burst_tokens = backlog_tokens
+            self._is_burst_stale = False
+        return Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_prompts=len(backlog) + len(self._waiting),
+            backlog_tokens=backlog_tokens,
+            burst_tokens=self._burst_tokens,
+            num_microbatches=self.num_microbatches,
+            max_tokens_per_plan=self.max_tokens_per_plan,
+            num_decodes=num_decodes,
+        )
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, room: int) -> int:
         """Plan the next tokens of a prefill, at most ``room``; how many they are."""
@@ -435,7 +445,7 @@ class Scheduler:
         if head is None or not (self._free_slots or microbatch.released):
             return False
         num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
-        share = -(-num_wanted // self.num_microbatches)
+        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
         # No more rows than tokens, or a chunk could be left without room for ever.
         if microbatch.num_sequences >= min(share, self.max_tokens_per_plan):
             return False
@@ -494,17 +504,21 @@ class Scheduler:
         self._release(sequence)
         self._waiting.add_preempted(sequence)
         self._num_preemptions += 1
-        self._is_share_stale = True
+        self._is_burst_stale = True
 
     def _balance(self, microbatch: Microbatch) -> None:
-        """Hand sequences to micro-batches that have at least two less.
+        """Hand sequences to micro-batches that have ``policy.max_difference`` less.
 
         The plan being made tells the stages that they leave; the other's next plan, which
         has a higher number, that they join.
         """
+        max_difference = self.policy.max_difference
+        if max_difference is None:
+            self._is_unbalanced = False
+            return
         while True:
             smallest = min(self._microbatches, key=_load)
-            if microbatch.num_sequences - smallest.num_sequences < 2:
+            if microbatch.num_sequences - smallest.num_sequences < max_difference:
                 break
             sequence = self._choose_to_move(microbatch)
             if sequence is None:
@@ -513,7 +527,7 @@ class Scheduler:
             sequence.joins_after = sequence.last_plan
             smallest.add(sequence)
         largest = max(other.num_sequences for other in self._microbatches)
-        self._is_unbalanced = largest - smallest.num_sequences >= 2
+        self._is_unbalanced = largest - smallest.num_sequences >= max_difference
 
     def _choose_to_move(self, microbatch: Microbatch) -> Sequence | None:
         """The youngest; before it one that waits to join, so that who stays can be planned.
