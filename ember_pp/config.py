@@ -49,22 +49,32 @@ class PipelineSettings:
 
     stages: int = 1
     """Number of stages, each a process with a contiguous slice of the layers."""
+    replicas: int = 1
+    """Copies of the whole pipeline under one coordinator; requests are spread over them."""
     devices: Any = "auto"
-    """``auto``, ``cpu``, or a list with one device per stage such as ``[cuda:0,cuda:1]``;
+    """``auto``, ``cpu``, or a list with one device per stage (replica after replica) such as
+    ``[cuda:0,cuda:1]``;
     a device may repeat. ``auto``: the GPUs in order, shared where there are fewer than stages;
     the CPU where there is none."""
     split: Any = "auto"
     """``auto`` (by cost), ``equal``, or a list with the number of layers of each stage."""
     max_in_flight: int | None = None
     """Plans in the pipeline at once; null: enough that no stage waits for the host."""
+    run_ahead: int = 1
+    """Tokens of a sequence that may be planned before the host has seen the ones before them; a
+    stop then costs as many steps for nothing. 0: the host is on the path of every token."""
     cpu_threads: int | None = None
     """Threads of each stage that runs on the CPU; null: the cores shared out, at least 1."""
 
     def check(self) -> None:
         _at_least("pipeline.stages", self.stages, 1)
+        _at_least("pipeline.replicas", self.replicas, 1)
         _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
+        _at_least("pipeline.run_ahead", self.run_ahead, 0)
+        if self.run_ahead > 8:
+            raise ConfigError(f"pipeline.run_ahead: expected at most 8, got {self.run_ahead}")
         _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
-        _check_devices(self.devices, self.stages)
+        _check_devices(self.devices, self.stages, self.replicas)
         _check_split(self.split, self.stages)
 
 
@@ -91,8 +101,10 @@ class CacheSettings:
 class SchedulerSettings:
     """How requests are put together to plans."""
 
-    policy: Literal["balanced"] = "balanced"
-    """``balanced``: plans in flight carry about the same number of tokens."""
+    policy: Literal["balanced", "greedy", "fixed"] = "balanced"
+    """``balanced``: plans in flight cost alike. ``greedy``: each takes all that its token budget
+    holds. ``fixed``: the same token budget for every plan, whatever waits. For comparison, see
+    ``docs/scheduling.md``."""
     max_sequences: int = 64
     """Sequences that may run at once, over all plans in flight."""
     max_tokens_per_plan: int = 512
@@ -402,7 +414,7 @@ def _at_least(key: str, value: int | None, low: int) -> None:
         raise ConfigError(f"{key}: expected at least {low}, got {value}")
 
 
-def _check_devices(devices: Any, num_stages: int) -> None:
+def _check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
     key = "pipeline.devices"
     if isinstance(devices, str):
         if devices not in ("auto", "cpu") and not _is_device(devices):
@@ -412,9 +424,11 @@ def _check_devices(devices: Any, num_stages: int) -> None:
         return
     if not isinstance(devices, list | tuple):
         raise ConfigError(f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}")
-    if len(devices) != num_stages:
+    if len(devices) != num_stages * num_replicas:
+        copies = f" and pipeline.replicas={num_replicas}" if num_replicas > 1 else ""
         raise ConfigError(
-            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}; give one per stage"
+            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}{copies}; give one "
+            "per stage"
         )
     for device in devices:
         if device not in ("auto", "cpu") and not _is_device(device):

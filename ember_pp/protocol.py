@@ -289,7 +289,8 @@ class StageReady(Message):
     num_blocks: int
     """KV blocks that fit beside the weights."""
     handle: dict[str, Any]
-    """How the previous stage opens this stage's incoming ring; empty on the first stage."""
+    """How the stage before opens this stage's incoming ring: for the first stage, the last one
+    its feedback ring. Empty with a single stage."""
     weight_bytes: int
     block_bytes: int
     """KV bytes of one block on this stage."""
@@ -400,7 +401,7 @@ class StageConfig(Message):
     max_model_len: int
     """Longest sequence, prompt and output, in tokens."""
     max_in_flight: int
-    """Slots of every ring."""
+    """Slots of every ring; the feedback ring has twice as many."""
 
 
 @_register
@@ -412,7 +413,7 @@ class Start(Message):
     epoch: int
     num_blocks: int
     next_handle: dict[str, Any]
-    """The next stage's ``StageReady.handle``; empty for the last stage."""
+    """The next stage's ``StageReady.handle``; the first stage's for the last."""
 
 
 @_register
@@ -451,7 +452,9 @@ class Execute(Message):
     """One plan. Stages execute plans in the order of their numbers, which have no gaps.
 
     A micro-batch has a *roster* of decoding slots that every stage remembers; the plan says
-    only what changed. Rows of the plan are the roster (one token each), then the chunks.
+    only what changed. Rows of the plan are the roster (one token each), then the chunks. The
+    input of a roster row is the newest token drawn for its slot, which stage 0 has from the
+    last stage.
     Applied in this order: ``leave``, ``open``, ``blocks``, ``join``, then the rows.
     """
 
@@ -470,8 +473,11 @@ class Execute(Message):
     """u32 quadruples (slot, start position, num tokens, 1 if the last token samples)."""
     chunk_ids: bytes
     """i32 token ids of all chunks, in order."""
-    decode_ids: bytes
-    """i32, one per roster row: the input token of each."""
+    feedback: int
+    """Newest plan that drew an input of the roster rows; -1 without roster rows. Stage 0 computes
+    them once it has the feedback of that plan."""
+    after_idle: bool
+    """True for the first plan after a time without any sequence."""
     tap: str | None
     """Directory in which each stage writes its hidden states of this plan as safetensors."""
 

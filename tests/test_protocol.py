@@ -228,7 +228,8 @@ def plan(**changes: Any) -> Execute:
         join=b"",
         chunks=b"",
         chunk_ids=b"",
-        decode_ids=b"",
+        feedback=2**40 - 1,
+        after_idle=False,
         tap=None,
     )
     return dataclasses.replace(steady, **changes)
@@ -236,13 +237,16 @@ def plan(**changes: Any) -> Execute:
 
 @pytest.mark.parametrize("num_changes", [0, 1, 100, 512])
 def test_a_plan_costs_200_bytes_and_8_per_change(num_changes):
-    """Beside the input token of each decoding row, 4 bytes."""
     budget = 200 + 8 * num_changes
     u32 = protocol.pack_u32([2**32 - 1] * num_changes)
     assert len(encode(plan(leave=u32))) <= budget
     assert len(encode(plan(join=u32))) <= budget
     assert len(encode(plan(blocks=u32 * 2))) <= budget
-    assert len(encode(plan(decode_ids=u32))) <= 200 + 4 * num_changes
+
+
+def test_a_steady_decode_is_a_few_bytes_whatever_its_rows():
+    assert len(encode(plan())) <= 50
+    assert len(encode(plan(epoch=0, plan=40_000, microbatch=7, feedback=39_990))) <= 32
 
 
 def test_opening_a_slot_with_default_sampling_is_small():

@@ -7,23 +7,23 @@ and makes plans while the scheduler has any. With nothing to do it sleeps in the
 
 from __future__ import annotations
 
+import collections
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 from ember_pp import __version__, protocol
 from ember_pp.config import Config
 from ember_pp.coordinator.admission import Admission
 from ember_pp.coordinator.launcher import Launcher, LocalLauncher
+from ember_pp.coordinator.pipeline import Pipeline
 from ember_pp.coordinator.preparation import Preparation, prepare
 from ember_pp.coordinator.request import Request
-from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
+from ember_pp.coordinator.router import Router
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
-from ember_pp.coordinator.supervisor import EPOCH, StageState, Supervisor
 from ember_pp.errors import (
-    ConfigError,
     EmberError,
     InvalidRequestError,
     NumericalError,
@@ -38,7 +38,6 @@ from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
 logger = logging.getLogger(__name__)
 
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
-_MAX_STAGE_MESSAGE_BYTES = 256 * 1024 * 1024
 _START_CHECK_INTERVAL_S = 0.5
 _NO_TOKEN = (
     "the model's logits are NaN or infinite for this request; check the checkpoint, or run with "
@@ -47,14 +46,13 @@ _NO_TOKEN = (
 
 
 class Coordinator:
-    """Requests, text and schedule of one pipeline.
+    """Requests and text, for one pipeline or several replicas of it.
 
     Args:
         config: the whole configuration.
         preparation: the checked model and layout.
         clients: bound socket for clients.
-        stages: bound socket for stages.
-        supervisor: the stages.
+        pipelines: the replicas, not yet started.
     """
 
     def __init__(
@@ -62,20 +60,18 @@ class Coordinator:
         config: Config,
         preparation: Preparation,
         clients: RouterSocket,
-        stages: RouterSocket,
-        supervisor: Supervisor,
+        pipelines: list[Pipeline],
     ) -> None:
         self._config = config
         self._preparation = preparation
         self._clients = clients
-        self._stages = stages
-        self._supervisor = supervisor
+        self._pipelines = pipelines
+        self._sockets = [clients, *(pipeline.stage_socket for pipeline in pipelines)]
+        self._router = Router(len(pipelines), prefix_tokens=config.cache.block_size)
         self._admission = Admission(config, preparation)
         self._requests: dict[str, Request] = {}
-        self._scheduler: Scheduler | None = None
         self._waiting_for_start: list[Request] = []
-        self._record: BinaryIO | None = None
-        self._num_plans = 0
+        self._is_ready = False
         self._num_finished = 0
 
     def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> None:
@@ -85,11 +81,12 @@ class Coordinator:
             EmberError: a stage failed; every open request has been told.
         """
         try:
-            self._supervisor.start()
+            for pipeline in self._pipelines:
+                pipeline.supervisor.start()
             while stop.name is None:
-                was_ready = self._scheduler is not None
+                was_ready = self._is_ready
                 self._turn(stop.descriptor)
-                if self._scheduler is not None and not was_ready:
+                if self._is_ready and not was_ready:
                     announce("ready")
             raise UnavailableError(f"the coordinator was asked to end ({stop.name})")
         except UnavailableError as ending:
@@ -101,89 +98,59 @@ class Coordinator:
             self._fail_all(PipelineError(f"the coordinator failed: {type(bug).__name__}: {bug}"))
             raise
         finally:
-            self._supervisor.stop("the coordinator ends")
-            if self._record is not None:
-                self._record.close()
+            for pipeline in self._pipelines:
+                pipeline.stop("the coordinator ends")
 
     def _turn(self, stop_descriptor: int) -> None:
-        descriptors = [*self._supervisor.exit_descriptors, stop_descriptor]
-        timeout_s = None if self._supervisor.is_ready else _START_CHECK_INTERVAL_S
-        ended = wait_readable([self._clients, self._stages], descriptors, timeout_s)
-        self._take_stage_messages()
-        if ended or timeout_s is not None:
-            self._supervisor.check()
-        if self._scheduler is None and self._supervisor.is_ready:
-            self._open_scheduler()
+        descriptors = [stop_descriptor]
+        for pipeline in self._pipelines:
+            descriptors += pipeline.supervisor.exit_descriptors
+        timeout_s = None if self._is_ready else _START_CHECK_INTERVAL_S
+        readable = wait_readable(self._sockets, descriptors, timeout_s)
+        for pipeline in self._pipelines:
+            for sequence, token_id, logprobs in pipeline.take_messages():
+                self._on_token(sequence, token_id, logprobs)
+            if readable or not self._is_ready:
+                pipeline.check()
+        if not self._is_ready:
+            self._open_when_ready()
         for identity, message in self._clients.receive_all(_MAX_CLIENT_MESSAGES_PER_TURN):
             self._take_client_message(identity, message)
-        self._issue_plans()
+        for pipeline in self._pipelines:
+            pipeline.issue_plans()
 
-    # stages
-
-    def _take_stage_messages(self) -> None:
-        for identity, message in self._stages.receive_all():
-            if isinstance(message, ProtocolError):
-                raise ProtocolError(f"from {identity.decode(errors='replace')}: {message}")
-            if isinstance(message, protocol.Sampled):
-                self._on_sampled(message)
-            else:
-                self._supervisor.handle(identity, message)
-
-    def _open_scheduler(self) -> None:
-        self._scheduler = Scheduler(
-            num_blocks=self._supervisor.num_blocks,
-            block_size=self._config.cache.block_size,
-            max_in_flight=self._preparation.max_in_flight,
-            max_sequences=self._config.scheduler.max_sequences,
-            max_tokens_per_plan=self._config.scheduler.max_tokens_per_plan,
-            max_model_len=self._preparation.max_model_len,
-            max_prompt_tokens=self._config.coordinator.max_prompt_tokens,
-            prefix_caching=self._config.cache.prefix,
-        )
-        if self._config.debug.record is not None:
-            try:
-                self._record = open(self._config.debug.record, "wb")  # noqa: SIM115  closed in run
-            except OSError as error:
-                path = self._config.debug.record
-                raise ConfigError(f"debug.record: {path}: {error.strerror}") from None
+    def _open_when_ready(self) -> None:
+        """Let in what waited for the start, once every replica can take it."""
+        if any(pipeline.scheduler is None for pipeline in self._pipelines):
+            return
+        self._is_ready = True
         waiting, self._waiting_for_start = self._waiting_for_start, []
         for request in waiting:
             if self._requests.get(request.request_id) is request:  # else it was cancelled
                 self._queue_or_refuse(request)
 
-    def _issue_plans(self) -> None:
-        if self._scheduler is None:
+    def _on_token(
+        self, sequence: Sequence, token_id: int, logprobs: protocol.TokenLogprobs | None
+    ) -> None:
+        request = self._requests.get(sequence.request_id)
+        if request is None or request.sequence is not sequence:
+            return  # its client went away a moment ago
+        if token_id < 0:
+            self._release(request)
+            self._fail(request, NumericalError(_NO_TOKEN))
             return
-        while (plan := self._scheduler.next_plan()) is not None:
-            execute = plan_to_execute(plan, EPOCH, self._config.debug.tap)
-            if self._record is not None:
-                packed = protocol.encode(execute)
-                self._record.write(len(packed).to_bytes(4, "little") + packed)
-            self._supervisor.send_to_all(execute)
-            self._num_plans += 1
+        finish_reason = request.on_token(token_id, logprobs)
+        if finish_reason is not None:
+            self._release(request)
+            self._finish(request, finish_reason)
+        elif request.stream and not self._clients.send(request.client, request.take_delta()):
+            self._drop_client(request.client)
 
-    def _on_sampled(self, sampled: protocol.Sampled) -> None:
-        if sampled.epoch != EPOCH or self._scheduler is None:
-            return
-        token_ids = protocol.unpack_i32(sampled.token_ids)
-        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
-        oldest = self._scheduler.in_flight.oldest
-        if sampled.logprobs and oldest is not None:
-            logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
-        for sequence, token_id in self._scheduler.complete(sampled.plan, token_ids):
-            request = self._requests.get(sequence.request_id)
-            if request is None or request.sequence is not sequence:
-                continue  # its client went away during this very loop
-            if token_id < 0:
-                self._scheduler.finish(sequence)
-                self._fail(request, NumericalError(_NO_TOKEN))
-                continue
-            finish_reason = request.on_token(token_id, logprobs.get(sequence))
-            if finish_reason is not None:
-                self._scheduler.finish(sequence)
-                self._finish(request, finish_reason)
-            elif request.stream and not self._clients.send(request.client, request.take_delta()):
-                self._drop_client(request.client)
+    def _release(self, request: Request) -> None:
+        """The request needs its place in the pipeline no more, whether it ended or is given up."""
+        scheduler = self._pipelines[request.replica].scheduler
+        if scheduler is not None:
+            scheduler.finish(request.sequence)
 
     # clients
 
@@ -226,11 +193,16 @@ class Coordinator:
         self._queue_or_refuse(request)
 
     def _queue_or_refuse(self, request: Request) -> None:
-        if self._scheduler is None:  # what fits is known once the stages are loaded
+        if not self._is_ready:  # what fits is known once the stages are loaded
             self._waiting_for_start.append(request)
             return
+        if len(self._pipelines) > 1:
+            loads = [pipeline.load_tokens for pipeline in self._pipelines]
+            request.replica = self._router.choose(request.sequence.prompt_ids, loads)
+        scheduler = self._pipelines[request.replica].scheduler
+        assert scheduler is not None, "a coordinator that is ready has schedulers"
         try:
-            self._scheduler.add(request.sequence)
+            scheduler.add(request.sequence)
         except InvalidRequestError as error:
             self._fail(request, error)
             return
@@ -248,8 +220,7 @@ class Coordinator:
         self._clients.send(client, protocol.CancelReply(num_cancelled))
 
     def _abort(self, request: Request) -> None:
-        if self._scheduler is not None:
-            self._scheduler.abort(request.sequence)
+        self._release(request)
         self._finish(request, "abort")
 
     def _finish(self, request: Request, finish_reason: str) -> None:
@@ -263,8 +234,7 @@ class Coordinator:
         gone = [request for request in self._requests.values() if request.client == client]
         for request in gone:
             del self._requests[request.request_id]
-            if self._scheduler is not None:
-                self._scheduler.abort(request.sequence)
+            self._release(request)
         if gone:
             logger.info("a client is gone; %d of its requests end", len(gone))
 
@@ -286,11 +256,14 @@ class Coordinator:
 
     def status(self) -> dict[str, Any]:
         """The map that ``StatusReply`` carries; ``docs/protocol.md`` lists its keys."""
-        counts = self._scheduler.stats() if self._scheduler is not None else {}
         model = self._preparation.model_config
+        parts = [pipeline.status() for pipeline in self._pipelines]
+        counts = collections.Counter[str]()
+        for part in parts:
+            counts.update(part["counts"])
         return {
             "version": __version__,
-            "phase": "ready" if self._supervisor.is_ready else "loading",
+            "phase": "ready" if self._is_ready else "loading",
             "model": {
                 "path": self._config.model.path,
                 "model_type": model.model_type,
@@ -300,46 +273,13 @@ class Coordinator:
             },
             "open_requests": len(self._requests),
             "finished_requests": self._num_finished,
-            "num_plans": self._num_plans,
+            "num_plans": sum(pipeline.num_plans for pipeline in self._pipelines),
             "max_in_flight": self._preparation.max_in_flight,
+            "replicas": len(self._pipelines),
             **counts,
-            "edges": dict(self._supervisor.edges),
-            "stages": [
-                _stage_status(stage, self._supervisor.num_blocks)
-                for stage in self._supervisor.stages
-            ],
+            "edges": parts[0]["edges"],
+            "stages": [stage for part in parts for stage in part["stages"]],
         }
-
-
-def _stage_status(stage: StageState, num_blocks: int) -> dict[str, Any]:
-    status: dict[str, Any] = {
-        "stage_index": stage.stage_index,
-        "pid": stage.process.pid,
-        "device": stage.device,
-        "phase": stage.phase.value,
-        "start_layer": stage.start_layer,
-        "end_layer": stage.end_layer,
-        "num_done": stage.num_done,
-        "num_total": stage.num_total,
-    }
-    if stage.ready is not None:
-        status["weight_bytes"] = stage.ready.weight_bytes
-        status["kv_bytes"] = stage.ready.block_bytes * num_blocks
-    if stage.stats is not None:
-        stats = stage.stats
-        total_ns = stats.busy_ns + stats.wait_input_ns + stats.wait_output_ns
-        status |= {
-            "plan": stats.plan,
-            "busy_ns": stats.busy_ns,
-            "wait_input_ns": stats.wait_input_ns,
-            "wait_output_ns": stats.wait_output_ns,
-            "busy_fraction": stats.busy_ns / total_ns if total_ns else 0.0,
-            "wait_input_fraction": stats.wait_input_ns / total_ns if total_ns else 0.0,
-            "wait_output_fraction": stats.wait_output_ns / total_ns if total_ns else 0.0,
-            "waiting_for": stats.waiting_for,
-            "peak_bytes": stats.peak_bytes,
-        }
-    return status
 
 
 def serve(
@@ -364,16 +304,13 @@ def serve(
     try:
         preparation = prepare(config)
         with PrivateDirectory() as directory:
-            stages = RouterSocket(
-                directory.address("stages.sock"), max_message_bytes=_MAX_STAGE_MESSAGE_BYTES
-            )
-            supervisor = Supervisor(config, preparation, stages, launcher or LocalLauncher())
-            try:
-                coordinator = Coordinator(config, preparation, clients, stages, supervisor)
-                announce(f"listening at {address}, loading")
-                coordinator.run(stop, announce)
-            finally:
-                stages.close(linger_ms=0)
+            pipelines = [
+                Pipeline(replica, config, preparation, directory, launcher or LocalLauncher())
+                for replica in range(config.pipeline.replicas)
+            ]
+            coordinator = Coordinator(config, preparation, clients, pipelines)
+            announce(f"listening at {address}, loading")
+            coordinator.run(stop, announce)
     finally:
         clients.close()
         logger.info("served for %.1f s", time.monotonic() - started_s)

@@ -24,6 +24,11 @@ class InFlight:
         return len(self._plans)
 
     @property
+    def num_returned(self) -> int:
+        """Plans that came back: those with a lower number than this."""
+        return self.next_number - len(self._plans)
+
+    @property
     def oldest(self) -> Plan | None:
         """The plan that comes back next."""
         return self._plans[0] if self._plans else None

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
-from collections.abc import Sequence as Ordered
 
-from ember_pp import protocol
 from ember_pp.coordinator.plan import Plan
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 
 
 class Microbatch:
-    """Sequences that share plans, one plan in flight at a time.
+    """Sequences that share plans, of which several may be in flight.
 
     ``roster`` mirrors, row by row, what the stages remember. It changes only together with
-    the plan that tells them (``update_roster``); until then a sequence that goes is listed in
-    ``leaving`` and one that comes in ``joining``.
+    the plan that tells them (``update_roster``); until then the slot of a sequence that goes
+    is in ``leaving`` and a sequence that comes in ``joining``.
 
-    The slot of a sequence that ended while in the roster is in ``released``. It goes back to
-    the free slots with the plan that carries its ``leave`` and not before, so no plan, of any
-    micro-batch, can open a slot that some roster still has.
+    The slot of a sequence that was released before its ``leave`` was sent is in ``released``.
+    It goes back to the free slots with the plan that carries its ``leave`` and not before, so
+    no plan, of any micro-batch, can open a slot that some roster still has.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.num_sequences = 0
         """Sequences that are planned here, wherever they are in the lists below."""
-        self.plan: Plan | None = None
-        """The plan in flight."""
+        self.num_needing_host = 0
+        """Of these, those that cannot be planned ahead of the host."""
+        self.num_in_flight = 0
+        """Plans that have not come back."""
+        self.last_plan = -1
+        """Number of the newest plan."""
         self.roster: list[Sequence] = []
         """Decode rows. Plans in flight share this list: replaced when it changes."""
-        self.decode_ids = b""
-        """i32 newest token of each roster row."""
         self.prefilling: list[Sequence] = []
         """Sequences with known tokens to compute, in order of arrival."""
         self.joining: list[Sequence] = []
-        self.leaving: list[int] = []
+        """Sequences that decode, but are not in the roster yet, or for a while."""
+        self.leaving: dict[int, None] = {}
+        """Slots, in order."""
         self.released: list[int] = []
         self.step = 0
         """Plans made so far: each one moves every roster row on by one token."""
         self._due: dict[int, list[Sequence]] = {}
+
+    # ---------------------------------------------------------------- who is here
 
     def live_sequences(self) -> Iterator[Sequence]:
         """All ``num_sequences`` sequences of this micro-batch."""
@@ -48,13 +52,33 @@ class Microbatch:
         yield from self.joining
         yield from self.prefilling
 
+    def joinable(self, num_returned: int) -> list[Sequence]:
+        """Those of ``joining`` that may be in the next plan, ``num_returned`` plans being back."""
+        return [sequence for sequence in self.joining if sequence.joins_after < num_returned]
+
+    def has_rows(self, num_returned: int) -> bool:
+        """True if there is something to compute for the sequences that are here."""
+        if self.prefilling or len(self.roster) > len(self.leaving):
+            return True
+        return bool(self.joining and self.joinable(num_returned))
+
+    def add(self, sequence: Sequence) -> None:
+        """A sequence that was just admitted, or comes from another micro-batch."""
+        self.num_sequences += 1
+        self.num_needing_host += sequence.needs_host
+        sequence.microbatch_id = self.index
+        if sequence.status is SequenceStatus.DECODING:
+            self.joining.append(sequence)
+        else:
+            bisect.insort(self.prefilling, sequence, key=lambda other: other.arrival)
+
     def take_out(self, sequence: Sequence) -> None:
-        """Remove a sequence that is not in flight; it keeps its slot."""
+        """Plan a sequence here no more; it keeps its slot, and plans in flight keep its rows."""
         self.num_sequences -= 1
+        self.num_needing_host -= sequence.needs_host
         if sequence.roster_id == self.index:
-            sequence.roster_id = -1
-            self.leaving.append(sequence.slot)
-        elif sequence in self.joining:
+            self._leave_roster(sequence)
+        elif sequence.status is SequenceStatus.DECODING:
             self.joining.remove(sequence)
         else:
             self.prefilling.remove(sequence)
@@ -62,46 +86,79 @@ class Microbatch:
             self.roster = []
             self._due.clear()
 
-    def take_in(self, sequence: Sequence) -> None:
-        """Add a sequence that ``take_out`` has removed from another micro-batch."""
-        self.num_sequences += 1
-        sequence.microbatch_id = self.index
-        if sequence.status is SequenceStatus.DECODING:
+    def pause(self, sequence: Sequence) -> None:
+        """Keep a decoding sequence out of the roster until its last plan is back."""
+        if sequence.roster_id == self.index:
+            self._leave_roster(sequence)
             self.joining.append(sequence)
-        else:
-            bisect.insort(self.prefilling, sequence, key=lambda other: other.arrival)
+        sequence.joins_after = sequence.last_plan
 
-    def update_roster(self, plan: Plan) -> list[int]:
-        """Carry out what is pending and write it into ``plan``; the slots that became free.
+    def _leave_roster(self, sequence: Sequence) -> None:
+        sequence.num_prefilled_tokens = self.num_planned_tokens(sequence)
+        sequence.last_plan = self.last_plan
+        sequence.roster_id = -1
+        self.leaving[sequence.slot] = None
+
+    # ---------------------------------------------------------------- plans
+
+    def num_planned_tokens(self, sequence: Sequence) -> int:
+        """Leading tokens of one of its sequences whose keys and values issued plans store."""
+        if sequence.roster_id == self.index:
+            return self.step + sequence.step_offset
+        return sequence.num_prefilled_tokens
+
+    def last_plan_of(self, sequence: Sequence) -> int:
+        """Number of the newest plan that has a row of the sequence; -1 if none has."""
+        return self.last_plan if sequence.roster_id == self.index else sequence.last_plan
+
+    def update_roster(self, plan: Plan, num_returned: int) -> tuple[list[int], list[Sequence]]:
+        """Carry out what is pending and write it into ``plan``.
 
         Costs nothing when nothing is pending.
+
+        Returns:
+            The slots that became free, and the sequences that joined.
         """
         freed: list[int] = []
-        if self.leaving or self.joining:
+        joined = self.joinable(num_returned) if self.joining else []
+        plan.feedback = self.last_plan
+        if self.leaving or joined:
             freed, self.released = self.released, []
-            roster = [row for row in self.roster if row.roster_id == self.index]
-            plan.leave = self.leaving
-            plan.join = [sequence.slot for sequence in self.joining]
-            for sequence in self.joining:
-                sequence.roster_id = self.index
-            self.roster = roster + self.joining
-            self.decode_ids = protocol.pack_i32(row.output_ids[-1] for row in self.roster)
-            self.leaving, self.joining = [], []
+            kept = [row for row in self.roster if row.roster_id == self.index]
+            plan.leave, self.leaving = list(self.leaving), {}
+            plan.join = [sequence.slot for sequence in joined]
+            plan.feedback = self._newest_draw(kept, joined)
+            self._enter(joined, num_returned)
+            self.roster = kept + joined
+        elif not self.roster:
+            plan.feedback = -1
         plan.decodes = self.roster
-        plan.decode_ids = self.decode_ids
-        return freed
+        return freed, joined
 
-    def retire(self, plan: Plan, token_ids: Ordered[int]) -> None:
-        """The plan in flight came back with ``token_ids``; no work per decode row."""
-        self.plan = None
-        num_decodes = len(plan.decodes)
-        self.decode_ids = protocol.pack_i32(token_ids[:num_decodes] if plan.chunks else token_ids)
+    def _newest_draw(self, kept: list[Sequence], joined: list[Sequence]) -> int:
+        """Newest plan that drew a token of these rows: every plan draws one for each row."""
+        newest = [sequence.last_plan for sequence in joined]
+        return max([self.last_plan, *newest] if kept else newest, default=-1)
+
+    def _enter(self, joined: list[Sequence], num_returned: int) -> None:
+        self.joining = [row for row in self.joining if row.joins_after >= num_returned]
+        for sequence in joined:
+            sequence.step_offset = sequence.num_prefilled_tokens - self.step
+            sequence.roster_id = self.index
+
+    def issue(self, plan: Plan) -> None:
+        """The plan is made: on to the next step."""
+        self._due.pop(self.step, None)
+        self.step += 1
+        self.last_plan = plan.number
+        self.num_in_flight += 1
         for chunk in plan.chunks:
-            chunk.sequence.has_chunk_in_flight = False
+            sequence = chunk.sequence
+            sequence.last_plan = plan.number
             if chunk.samples:
-                chunk.sequence.status = SequenceStatus.DECODING
-                self.prefilling.remove(chunk.sequence)
-                self.joining.append(chunk.sequence)
+                self.prefilling.remove(sequence)
+                sequence.status = SequenceStatus.DECODING
+                self.joining.append(sequence)
 
     # Rows are looked at only in the step in which something is due for them, so that a plan
     # of an unchanged roster costs the same at 1 and at 512 rows. An entry whose sequence has
@@ -114,8 +171,3 @@ class Microbatch:
     def due_now(self) -> list[Sequence]:
         """What was set due for the plan that is being made, without taking it out."""
         return self._due.get(self.step, [])
-
-    def advance(self) -> None:
-        """The plan is made: on to the next step."""
-        self._due.pop(self.step, None)
-        self.step += 1

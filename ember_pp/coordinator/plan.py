@@ -35,8 +35,10 @@ class Plan:
     """Flat pairs (slot, block id)."""
     decodes: list[Sequence] = dataclasses.field(default_factory=list)
     """The roster, in row order. Shared with the micro-batch, which never changes it in place."""
-    decode_ids: bytes = b""
-    """i32 input token of each decode row."""
+    feedback: int = -1
+    """Newest plan that drew an input of the decode rows; -1 without any."""
+    after_idle: bool = False
+    """True for the first plan after a time without any sequence."""
     leave: list[int] = dataclasses.field(default_factory=list)
     """Slots."""
     open: list[protocol.OpenSlot] = dataclasses.field(default_factory=list)
@@ -82,7 +84,7 @@ def open_slot(sequence: Sequence) -> protocol.OpenSlot:
 def plan_to_execute(plan: Plan, epoch: int, tap: str | None = None) -> protocol.Execute:
     """The message of ``plan``, to be sent to every stage, in the order of plan numbers.
 
-    An unchanged roster costs 4 bytes a row and no work per sequence.
+    An unchanged roster costs the same whatever its length.
     """
     chunks: list[int] = []
     chunk_ids = array.array("i")
@@ -100,6 +102,7 @@ def plan_to_execute(plan: Plan, epoch: int, tap: str | None = None) -> protocol.
         join=protocol.pack_u32(plan.join) if plan.join else b"",
         chunks=protocol.pack_u32(chunks) if chunks else b"",
         chunk_ids=protocol.pack_i32(chunk_ids) if chunks else b"",
-        decode_ids=plan.decode_ids,
+        feedback=plan.feedback,
+        after_idle=plan.after_idle,
         tap=tap,
     )

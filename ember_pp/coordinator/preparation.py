@@ -39,10 +39,18 @@ class Preparation:
     layer_ranges: list[tuple[int, int]]
     """Half-open layer range of each stage."""
     devices: list[str]
-    """Device of each stage."""
+    """Device of each stage, replica after replica."""
     cpu_threads: int
     """Torch threads of each CPU stage."""
     max_in_flight: int
+    """Plans in the pipeline at once."""
+    num_microbatches: int
+    """Sets of sequences that are planned together."""
+
+    def devices_of(self, replica: int) -> list[str]:
+        """Device of each stage of one replica."""
+        num_stages = len(self.layer_ranges)
+        return self.devices[replica * num_stages : (replica + 1) * num_stages]
 
 
 def prepare(config: Config) -> Preparation:
@@ -60,6 +68,9 @@ def prepare(config: Config) -> Preparation:
     generation = read_generation_config(folder) if folder else {}
     tokenizer = _load_tokenizer(config.model, folder)
     num_stages = config.pipeline.stages
+    num_processes = num_stages * config.pipeline.replicas
+    run_ahead = config.pipeline.run_ahead
+    max_in_flight = config.pipeline.max_in_flight or default_max_in_flight(num_stages, run_ahead)
     return Preparation(
         model_config=model_config,
         folder=folder,
@@ -73,19 +84,26 @@ def prepare(config: Config) -> Preparation:
             config.pipeline.split,
             bytes_per_element=_BYTES_PER_ELEMENT[config.model.dtype],
         ),
-        devices=choose_devices(config.pipeline.devices, num_stages, count_gpus()),
+        devices=choose_devices(config.pipeline.devices, num_processes, count_gpus()),
         cpu_threads=config.pipeline.cpu_threads
-        or max(1, len(os.sched_getaffinity(0)) // num_stages),
-        max_in_flight=config.pipeline.max_in_flight or default_max_in_flight(num_stages),
+        or max(1, len(os.sched_getaffinity(0)) // num_processes),
+        max_in_flight=max_in_flight,
+        num_microbatches=choose_num_microbatches(num_stages, max_in_flight, run_ahead),
     )
 
 
-def default_max_in_flight(num_stages: int) -> int:
+def default_max_in_flight(num_stages: int, run_ahead: int) -> int:
     """One plan per stage, and one more to be ready while the host schedules.
 
-    A single stage takes one: splitting its batch in two would read the weights twice.
+    A single stage without run-ahead takes one: the second would have to be another micro-batch,
+    and splitting the batch in two would read the weights twice.
     """
-    return 1 if num_stages == 1 else num_stages + 1
+    return 1 if num_stages == 1 and run_ahead == 0 else num_stages + 1
+
+
+def choose_num_microbatches(num_stages: int, max_in_flight: int, run_ahead: int) -> int:
+    """One per stage; without run-ahead, one for each plan in flight."""
+    return max_in_flight if run_ahead == 0 else min(num_stages, max_in_flight)
 
 
 def choose_devices(devices: str | list[str], num_stages: int, num_gpus: int) -> list[str]:

@@ -26,6 +26,8 @@ class Request:
     """None without a tokenizer: then there is no text, only ids."""
     matcher: StopMatcher | None
     """None when the request has no stop strings."""
+    replica: int = 0
+    """Which pipeline it was given to."""
     num_output_tokens: int = 0
     stop_reason: str | int | None = None
     _text: list[str] = dataclasses.field(default_factory=list)

@@ -2,21 +2,29 @@
 
 Pure policy: no I/O, no clock, no randomness, so the same calls always make the same plans.
 
-*Micro-batches.* Sequences live in ``max_in_flight`` micro-batches, each with at most one plan
-in flight; so a sequence is in at most one. A sequence stays where it was admitted until it
-ends, is preempted, or is moved because its micro-batch has at least two more than another.
+*Micro-batches.* Sequences live in micro-batches, each with at most ``1 + run_ahead`` plans in
+flight; so a sequence is in at most that many. A sequence stays where it was admitted until it
+ends, is preempted, or is moved because its micro-batch has at least two more than another. It
+joins the other once its plans in flight are back.
 
-*Balance.* A micro-batch admits up to its share of all that could run, and a plan takes its
-share of the prompt tokens that wait: a burst is spread over the plans in flight, and fewer
-sequences than micro-batches get a plan each.
+*Run-ahead.* A row is planned before the host has seen the token that it starts from: stage 0
+has it. So lengths are counted by what is planned, and a row that has planned all that its
+``max_total_tokens`` allows leaves (``DRAINING``). A stop is known only when its token is back:
+the rows planned since, at most ``run_ahead``, are computed for nothing and their tokens dropped.
+Slot and blocks of a sequence that ended get a new owner only when the last plan that names it
+has come back, and only blocks whose tokens have all come back enter the prefix cache.
+
+*Balance.* How many sequences a micro-batch admits and how many prompt tokens a plan takes is
+for the ``policy`` to say.
 
 *Order.* Admission is strictly first come first served: nobody passes a request that waits for
 blocks. Blocks for all known tokens are given on admission, for output one by one.
 
 *Progress.* When blocks run out, the youngest sequence that is not in flight gives up its own
-and waits again, at its place in the order of arrival. The oldest running sequence is never
-the one: if all others are in flight, nothing is planned until one of them is back. So the
-oldest always goes on until it ends, then the next is the oldest: no two can preempt each
+and waits again, at its place in the order of arrival. A row in flight that finds no block and
+no one younger to take it from pauses until its own plans are back. The oldest running sequence
+never gives up: if all others are in flight, nothing is planned until one of them is back. So
+the oldest always goes on until it ends, then the next is the oldest: no two can preempt each
 other for ever, and any request that fits alone (``check_fits``) finishes.
 
 *Slots.* See ``Microbatch``: a slot is opened again only in or after the plan that takes it out
@@ -33,6 +41,7 @@ from ember_pp.coordinator.in_flight import InFlight
 from ember_pp.coordinator.limits import LengthLimits
 from ember_pp.coordinator.microbatch import Microbatch
 from ember_pp.coordinator.plan import Chunk, Plan, open_slot, plan_to_execute
+from ember_pp.coordinator.policy import POLICIES, Load, Policy
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.coordinator.waiting_queue import WaitingQueue
 
@@ -45,7 +54,7 @@ def _arrival(sequence: Sequence) -> int:
 
 def _load(microbatch: Microbatch) -> tuple[int, int]:
     """Sort key: fewest sequences first; among equals, the one to be planned soonest."""
-    return microbatch.num_sequences, microbatch.plan.number if microbatch.plan else -1
+    return microbatch.num_sequences, microbatch.last_plan
 
 
 class Scheduler:
@@ -54,12 +63,15 @@ class Scheduler:
     Args:
         num_blocks: KV blocks that every stage has.
         block_size: tokens per block.
-        max_in_flight: plans in the pipeline at once; also the number of micro-batches.
+        max_in_flight: plans in the pipeline at once.
+        num_microbatches: sets of sequences that are planned together; None: ``max_in_flight``.
+        run_ahead: plans of a micro-batch that may be in flight beyond the first.
         max_sequences: sequences that run at once; slots are ``0 .. max_sequences - 1``.
         max_tokens_per_plan: tokens of one plan, decode rows and chunks together.
         max_model_len: longest sequence, prompt and output, in tokens.
         max_prompt_tokens: longest prompt; None: what ``max_model_len`` allows.
         prefix_caching: share the blocks of equal beginnings.
+        policy: how full micro-batches and plans get.
     """
 
     def __init__(
@@ -73,8 +85,14 @@ class Scheduler:
         max_model_len: int,
         max_prompt_tokens: int | None = None,
         prefix_caching: bool = True,
+        num_microbatches: int | None = None,
+        run_ahead: int = 0,
+        policy: Policy = POLICIES["balanced"],
     ) -> None:
+        self.policy = policy
         self.max_in_flight = max_in_flight
+        self.num_microbatches = num_microbatches or max_in_flight
+        self.run_ahead = run_ahead
         self.max_sequences = max_sequences
         self.max_tokens_per_plan = max_tokens_per_plan
         self.limits = LengthLimits(
@@ -99,14 +117,15 @@ class Scheduler:
         self._blocks = BlockManager(
             self._num_blocks, self._block_size, prefix_caching=self._prefix_caching
         )
-        self._microbatches = [Microbatch(index) for index in range(self.max_in_flight)]
-        self._idle = deque(self._microbatches)  # not in flight, longest idle first
+        self._microbatches = [Microbatch(index) for index in range(self.num_microbatches)]
+        self._turns = deque(self._microbatches)  # the one planned longest ago first
         self._running: dict[int, Sequence] = {}  # by arrival
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
-        self._num_dropped = 0  # ended, but still in flight
+        self._retiring: dict[int, list[Sequence]] = {}  # ended in flight, by their last plan
+        self._is_after_idle = True
         self._is_unbalanced = False
-        self._prefill_share = 0
-        self._is_share_stale = True
+        self._burst_tokens = 0
+        self._is_burst_stale = True
 
     # ---------------------------------------------------------------- requests
 
@@ -130,23 +149,27 @@ class Scheduler:
         sequence.max_total_tokens = self.limits.max_total_tokens(num_prompt_tokens, max_tokens)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
-        self._is_share_stale = True
+        self._is_burst_stale = True
+        self._is_after_idle = self._is_after_idle or not self.has_work
         self._waiting.add_new(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence has its last token: give back all that it holds.
 
-        At once if it is not in flight, else when its plan comes back, whose token is then
-        thrown away. Does nothing for a sequence that ended before.
+        It is in no plan from now on. What it holds comes back at once if it is not in flight,
+        else with the last plan that names it; the tokens of such plans are thrown away. Does
+        nothing for a sequence that ended before.
         """
         if sequence.is_finished:
             return
         if sequence.status is SequenceStatus.WAITING:
             self._waiting.remove(sequence)
             sequence.end()
-        elif self._is_in_flight(sequence):
+            return
+        self._unplan(sequence)
+        if self._is_in_flight(sequence):
             sequence.is_dropped = True
-            self._num_dropped += 1
+            self._retiring.setdefault(sequence.last_plan, []).append(sequence)
         else:
             self._release(sequence)
             sequence.end()
@@ -159,6 +182,13 @@ class Scheduler:
     def has_work(self) -> bool:
         """True while any sequence waits, runs or is in flight."""
         return bool(self._running) or len(self._waiting) > 0
+
+    @property
+    def num_open_tokens(self) -> int:
+        """Known tokens of all sequences that wait or run: what a router calls load."""
+        return self._waiting.num_tokens + sum(
+            sequence.num_tokens for sequence in self._running.values()
+        )
 
     def stats(self) -> dict[str, int]:
         """Counts for ``status``; those of preemptions and tokens are totals since the start."""
@@ -196,19 +226,34 @@ class Scheduler:
 
         After None, only ``add``, ``complete``, ``finish`` or ``abort`` can change that.
         """
-        for _ in range(len(self._idle)):
-            microbatch = self._idle[0]
-            if microbatch.num_sequences or self._can_admit(microbatch):
-                num_preemptions = self._num_preemptions
-                blocks = self._secure_blocks(microbatch)
-                if blocks is None:
-                    return None  # the micro-batch stays first in line
-                may_admit = num_preemptions == self._num_preemptions
-                if microbatch.num_sequences or may_admit:
-                    self._idle.popleft()
-                    return self._make_plan(microbatch, blocks, may_admit=may_admit)
-            self._idle.rotate(-1)
+        if len(self.in_flight) >= self.max_in_flight:
+            return None
+        for microbatch in self._turns:
+            if microbatch.num_in_flight > self._run_ahead_of(microbatch):
+                continue
+            if not microbatch.num_sequences and not self._can_admit(microbatch):
+                continue
+            num_preemptions = self._num_preemptions
+            blocks = self._secure_blocks(microbatch)
+            if blocks is None:
+                self._give_turn(microbatch, is_next=True)
+                return None
+            may_admit = num_preemptions == self._num_preemptions
+            has_rows = microbatch.has_rows(self.in_flight.num_returned)
+            if has_rows or (may_admit and self._can_admit(microbatch)):
+                self._give_turn(microbatch, is_next=False)
+                return self._make_plan(microbatch, blocks, may_admit=may_admit)
         return None
+
+    def _run_ahead_of(self, microbatch: Microbatch) -> int:
+        return 0 if microbatch.num_needing_host else self.run_ahead
+
+    def _give_turn(self, microbatch: Microbatch, *, is_next: bool) -> None:
+        self._turns.remove(microbatch)
+        if is_next:
+            self._turns.appendleft(microbatch)
+        else:
+            self._turns.append(microbatch)
 
     def complete(self, plan_number: int, token_ids: Ordered[int]) -> list[tuple[Sequence, int]]:
         """Take the tokens of a plan that came back; those of live sequences, in row order.
@@ -222,47 +267,40 @@ class Scheduler:
                 has changed then.
         """
         plan = self.in_flight.complete(plan_number, len(token_ids))
-        microbatch = self._microbatches[plan.microbatch_id]
-        microbatch.retire(plan, token_ids)
-        self._idle.append(microbatch)
-        return self._deliver(plan, token_ids)
+        self._microbatches[plan.microbatch_id].num_in_flight -= 1
+        sampled = list(zip(plan.rows, token_ids, strict=True))
+        if self._retiring:
+            sampled = [(sequence, token) for sequence, token in sampled if not sequence.is_dropped]
+        for sequence, token in sampled:
+            sequence.output_ids.append(token)
+        for sequence in self._retiring.pop(plan_number, ()):
+            self._release(sequence)
+            sequence.end()
+        return sampled
 
     def _make_plan(self, microbatch: Microbatch, blocks: list[int], *, may_admit: bool) -> Plan:
         """A plan of all decode rows and of as many chunks as balance and budget allow."""
         if self._is_unbalanced:
             self._balance(microbatch)
         plan = Plan(self.in_flight.next_number, microbatch.index, blocks)
-        joined = microbatch.joining
-        self._free_slots += microbatch.update_roster(plan)
+        freed, joined = microbatch.update_roster(plan, self.in_flight.num_returned)
+        self._free_slots += freed
         for sequence in joined:
             self._set_due(microbatch, sequence)
         self._fill_chunks(microbatch, plan, may_admit=may_admit)
+        assert plan.decodes or plan.chunks, "a plan without rows"
         # Only now: a plan must not read blocks that the same plan writes.
         for chunk in plan.chunks:
             self._blocks.publish(chunk.sequence, chunk.sequence.num_prefilled_tokens)
-        microbatch.advance()
-        microbatch.plan = plan
+        plan.after_idle, self._is_after_idle = self._is_after_idle, False
+        microbatch.issue(plan)
+        for chunk in plan.chunks:
+            if chunk.samples and self._is_planned_to_its_end(microbatch, chunk.sequence):
+                self._drain(chunk.sequence)
         self.in_flight.add(plan)
         return plan
 
-    def _deliver(self, plan: Plan, token_ids: Ordered[int]) -> list[tuple[Sequence, int]]:
-        """Append the tokens to their sequences; drop those that ended in flight."""
-        sampled = list(zip(plan.rows, token_ids, strict=True))
-        if self._num_dropped:
-            sampled = [(sequence, token) for sequence, token in sampled if not sequence.is_dropped]
-            self._release_dropped(plan)
-        for sequence, token in sampled:
-            sequence.output_ids.append(token)
-        return sampled
-
-    def _release_dropped(self, plan: Plan) -> None:
-        for sequence in (*plan.decodes, *(chunk.sequence for chunk in plan.chunks)):
-            if sequence.is_dropped:
-                self._num_dropped -= 1
-                self._release(sequence)
-                sequence.end()
-
-    # ---------------------------------------------------------------- blocks of decode rows
+    # ---------------------------------------------------------------- decode rows
 
     def _secure_blocks(self, microbatch: Microbatch) -> list[int] | None:
         """Give a block to each row whose next token needs one, preempting for it if need be.
@@ -271,63 +309,86 @@ class Scheduler:
         all others are in flight: then nothing may be planned before one of them is back.
         """
         due = microbatch.due_now()
-        if not due and not microbatch.joining:
+        joining = microbatch.joinable(self.in_flight.num_returned) if microbatch.joining else []
+        if not due and not joining:
             return []
         given: list[int] = []
         # Oldest first: who gets a block here is older than any victim that comes after it.
-        for sequence in sorted((*due, *microbatch.joining), key=_arrival):
+        for sequence in sorted((*due, *joining), key=_arrival):
             if not self._needs_block(sequence, microbatch):
                 continue
-            self._blocks.publish(sequence, sequence.num_computed_tokens)
+            num_known = min(sequence.num_tokens, microbatch.num_planned_tokens(sequence))
+            self._blocks.publish(sequence, num_known)
             block = self._append_or_preempt(sequence)
             if block is not None:
                 given += (sequence.slot, block)
                 if sequence.roster_id == microbatch.index:
                     self._set_due(microbatch, sequence)
-            elif sequence.status is not SequenceStatus.WAITING:
+            elif self._is_in_flight(sequence):
+                microbatch.pause(sequence)
+            elif not self._is_oldest(sequence):
+                self._preempt(sequence)
+            else:
                 assert not given, "the oldest sequence comes first"
+                assert len(self.in_flight), "a sequence that fits alone has no block"
                 return None
         return given
 
     def _needs_block(self, sequence: Sequence, microbatch: Microbatch) -> bool:
-        """True if the sequence decodes here and its next row has no block to be stored in."""
-        is_here = sequence.microbatch_id == microbatch.index
+        """True if the sequence is in the next plan and its row has no block to be stored in.
+
+        A sequence of which all is planned leaves on this occasion.
+        """
+        is_here = sequence.microbatch_id == microbatch.index and not sequence.is_dropped
         if not is_here or sequence.status is not SequenceStatus.DECODING:
             return False  # it was set due here, and left
-        assert sequence.num_tokens < sequence.max_total_tokens, f"{sequence} was not finished"
+        if sequence.roster_id < 0 and sequence.joins_after >= self.in_flight.num_returned:
+            return False  # it was set due here, and pauses
+        if self._is_planned_to_its_end(microbatch, sequence):
+            self._drain(sequence)
+            return False
         num_held = len(sequence.block_table) * self._block_size
-        return sequence.num_computed_tokens == num_held
+        return microbatch.num_planned_tokens(sequence) == num_held
 
     def _append_or_preempt(self, sequence: Sequence) -> int | None:
-        """A block for ``sequence``; None if it was preempted itself, or has to wait."""
+        """A block for ``sequence``; None if there is none, and no one younger to preempt."""
         while (block := self._blocks.append(sequence)) is None:
-            idle = [other for other in self._running.values() if not self._is_in_flight(other)]
-            victim = max(idle, key=_arrival)
-            if victim is sequence and self._is_oldest(sequence):
-                assert len(self.in_flight), "a sequence that fits alone has no block"
+            victims = [
+                other
+                for other in self._running.values()
+                if other.arrival > sequence.arrival and self._is_preemptible(other)
+            ]
+            if not victims:
                 return None
-            self._preempt(victim)
-            if victim is sequence:
-                return None
+            self._preempt(max(victims, key=_arrival))
         return block
+
+    def _is_preemptible(self, sequence: Sequence) -> bool:
+        return not (self._is_ending(sequence) or self._is_in_flight(sequence))
 
     def _is_oldest(self, sequence: Sequence) -> bool:
         return not any(
-            other.arrival < sequence.arrival and not other.is_dropped
+            other.arrival < sequence.arrival and not self._is_ending(other)
             for other in self._running.values()
         )
 
+    def _is_ending(self, sequence: Sequence) -> bool:
+        """True if nothing is to be planned for a running sequence any more."""
+        return sequence.is_dropped or sequence.status is SequenceStatus.DRAINING
+
+    def _is_planned_to_its_end(self, microbatch: Microbatch, sequence: Sequence) -> bool:
+        """True if the plans so far draw the last token that the sequence may have."""
+        return microbatch.num_planned_tokens(sequence) + 1 >= sequence.max_total_tokens
+
     def _set_due(self, microbatch: Microbatch, sequence: Sequence) -> None:
-        """Look at a roster row again when it needs a block, or should have been finished."""
+        """Look at a roster row again when it needs a block, or is planned to its end."""
         num_held = len(sequence.block_table) * self._block_size
         last = min(num_held, sequence.max_total_tokens - 1)
-        microbatch.set_due(sequence, last - sequence.num_computed_tokens)
+        microbatch.set_due(sequence, last - microbatch.num_planned_tokens(sequence))
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
-        if sequence.has_chunk_in_flight:
-            return True
-        roster_id = sequence.roster_id
-        return roster_id >= 0 and self._microbatches[roster_id].plan is not None
+        microbatch = self._microbatches[sequence.microbatch_id]
+        return microbatch.last_plan_of(sequence) >= self.in_flight.num_returned
 
     # ---------------------------------------------------------------- chunks and admission
 
@@ -335,30 +396,37 @@ class Scheduler:
         """Chunks of what is being prefilled here, then of what can be admitted."""
         if not microbatch.prefilling and not (may_admit and self._can_admit(microbatch)):
             return
-        room = min(self._prefill_tokens_per_plan(), self.max_tokens_per_plan - len(plan.decodes))
+        num_decodes = len(plan.decodes)
+        room = min(
+            self.policy.prefill_tokens(self._load(num_decodes)),
+            self.max_tokens_per_plan - num_decodes,
+        )
         for sequence in microbatch.prefilling:
             room -= self._add_chunk(plan, sequence, room)
         while room and may_admit and self._can_admit(microbatch):
             room -= self._add_chunk(plan, self._admit(microbatch, plan), room)
 
-    def _prefill_tokens_per_plan(self) -> int:
-        """The backlog's share of one plan, if as many plans as can work on it do.
-
-        It is set when something arrives, and kept while the backlog shrinks: the last plans
-        of a burst are as large as the first.
-        """
+    def _load(self, num_decodes: int) -> Load:
         backlog = [
             sequence.num_tokens - sequence.num_prefilled_tokens
             for microbatch in self._microbatches
             for sequence in microbatch.prefilling
             if sequence.num_tokens > sequence.num_prefilled_tokens
         ]
-        num_sequences = len(backlog) + len(self._waiting)
-        if self._is_share_stale or num_sequences < self.max_in_flight:
-            num_tokens = sum(backlog) + self._waiting.num_tokens
-            self._prefill_share = -(-num_tokens // min(num_sequences, self.max_in_flight))
-            self._is_share_stale = False
-        return self._prefill_share
+        backlog_tokens = sum(backlog) + self._waiting.num_tokens
+        if self._is_burst_stale:
+            self._burst_tokens = backlog_tokens
+            self._is_burst_stale = False
+        return Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_prompts=len(backlog) + len(self._waiting),
+            backlog_tokens=backlog_tokens,
+            burst_tokens=self._burst_tokens,
+            num_microbatches=self.num_microbatches,
+            max_tokens_per_plan=self.max_tokens_per_plan,
+            num_decodes=num_decodes,
+        )
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, room: int) -> int:
         """Plan the next tokens of a prefill, at most ``room``; how many they are."""
@@ -369,7 +437,6 @@ class Scheduler:
             samples = end == sequence.num_tokens
             plan.chunks.append(Chunk(sequence, sequence.slot, start, token_ids, samples))
             sequence.num_prefilled_tokens = end
-            sequence.has_chunk_in_flight = True
         return end - start
 
     def _can_admit(self, microbatch: Microbatch) -> bool:
@@ -378,7 +445,7 @@ class Scheduler:
         if head is None or not (self._free_slots or microbatch.released):
             return False
         num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
-        share = -(-num_wanted // self.max_in_flight)
+        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
         # No more rows than tokens, or a chunk could be left without room for ever.
         if microbatch.num_sequences >= min(share, self.max_tokens_per_plan):
             return False
@@ -392,15 +459,13 @@ class Scheduler:
         self._waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
         sequence.status = SequenceStatus.PREFILLING
-        sequence.microbatch_id = microbatch.index
         sequence.num_prefilled_tokens = self._blocks.allocate(sequence)
         if sequence.num_admissions == 0:
             sequence.num_cached_tokens = sequence.num_prefilled_tokens
             self._num_prompt_tokens += sequence.num_prompt_tokens
             self._num_prefix_hit_tokens += sequence.num_cached_tokens
         sequence.num_admissions += 1
-        microbatch.prefilling.append(sequence)
-        microbatch.num_sequences += 1
+        microbatch.add(sequence)
         self._running[sequence.arrival] = sequence
         self._is_unbalanced = True
         plan.open.append(open_slot(sequence))
@@ -410,37 +475,76 @@ class Scheduler:
 
     # ---------------------------------------------------------------- leaving and moving
 
+    def _unplan(self, sequence: Sequence) -> None:
+        """Have a running sequence in no plan any more; it keeps its slot and its blocks."""
+        if sequence.status is not SequenceStatus.DRAINING:
+            self._microbatches[sequence.microbatch_id].take_out(sequence)
+            self._is_unbalanced = True
+
+    def _drain(self, sequence: Sequence) -> None:
+        """All of the sequence is planned: it waits for its tokens, and then ``finish``."""
+        self._unplan(sequence)
+        sequence.status = SequenceStatus.DRAINING
+
     def _release(self, sequence: Sequence) -> None:
-        """Take back slot and blocks of a running sequence that is not in flight."""
+        """Take back slot and blocks of a sequence that is unplanned and not in flight."""
         microbatch = self._microbatches[sequence.microbatch_id]
-        is_in_roster = sequence.roster_id >= 0
-        (microbatch.released if is_in_roster else self._free_slots).append(sequence.slot)
-        microbatch.take_out(sequence)
-        self._blocks.publish(sequence, sequence.num_computed_tokens)
+        has_left = sequence.slot not in microbatch.leaving
+        (self._free_slots if has_left else microbatch.released).append(sequence.slot)
+        # Past a stop more is stored than is known: of that, nothing is published.
+        num_known = min(sequence.num_tokens, sequence.num_prefilled_tokens)
+        self._blocks.publish(sequence, num_known)
         self._blocks.free(sequence)
         del self._running[sequence.arrival]
-        self._is_unbalanced = True
         sequence.leave_engine()
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a sequence but its tokens; it waits to be recomputed."""
+        self._unplan(sequence)
         self._release(sequence)
         self._waiting.add_preempted(sequence)
         self._num_preemptions += 1
-        self._is_share_stale = True
+        self._is_burst_stale = True
 
     def _balance(self, microbatch: Microbatch) -> None:
-        """Hand sequences to micro-batches that have at least two less.
+        """Hand sequences to micro-batches that have ``policy.max_difference`` less.
 
         The plan being made tells the stages that they leave; the other's next plan, which
         has a higher number, that they join.
         """
+        max_difference = self.policy.max_difference
+        if max_difference is None:
+            self._is_unbalanced = False
+            return
         while True:
             smallest = min(self._microbatches, key=_load)
-            if microbatch.num_sequences - smallest.num_sequences < 2:
+            if microbatch.num_sequences - smallest.num_sequences < max_difference:
                 break
-            sequence = max(microbatch.live_sequences(), key=_arrival)
+            sequence = self._choose_to_move(microbatch)
+            if sequence is None:
+                return
             microbatch.take_out(sequence)
-            smallest.take_in(sequence)
+            sequence.joins_after = sequence.last_plan
+            smallest.add(sequence)
         largest = max(other.num_sequences for other in self._microbatches)
-        self._is_unbalanced = largest - smallest.num_sequences >= 2
+        self._is_unbalanced = largest - smallest.num_sequences >= max_difference
+
+    def _choose_to_move(self, microbatch: Microbatch) -> Sequence | None:
+        """The youngest; before it one that waits to join, so that who stays can be planned.
+
+        None if all are prompts in flight: those move once they decode.
+        """
+        num_returned = self.in_flight.num_returned
+        movable = [
+            sequence
+            for sequence in microbatch.live_sequences()
+            if sequence.status is SequenceStatus.DECODING or not self._is_in_flight(sequence)
+        ]
+        return max(
+            movable,
+            key=lambda sequence: (
+                sequence.roster_id < 0 and sequence.joins_after >= num_returned,
+                sequence.arrival,
+            ),
+            default=None,
+        )

@@ -1,7 +1,8 @@
 """A sequence: the state of one request inside the engine.
 
-The scheduler moves it through ``WAITING -> PREFILLING -> DECODING -> FINISHED``; preemption
-leads back to ``WAITING``. Nothing here decides anything.
+The scheduler moves it through ``WAITING -> PREFILLING -> DECODING -> DRAINING -> FINISHED``;
+preemption leads back to ``WAITING``, and a stop ends it from anywhere. Nothing here decides
+anything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ class SequenceStatus(enum.Enum):
     WAITING = "waiting"
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    DRAINING = "draining"
+    """All its tokens are planned; the last of them have not come back."""
     FINISHED = "finished"
 
 
@@ -33,10 +36,12 @@ class Sequence:
         "arrival",
         "block_digests",
         "block_table",
-        "has_chunk_in_flight",
         "is_dropped",
+        "joins_after",
+        "last_plan",
         "max_total_tokens",
         "microbatch_id",
+        "needs_host",
         "num_admissions",
         "num_cached_tokens",
         "num_prefilled_tokens",
@@ -49,6 +54,7 @@ class Sequence:
         "seed",
         "slot",
         "status",
+        "step_offset",
     )
 
     def __init__(
@@ -70,15 +76,27 @@ class Sequence:
         self.num_admissions = 0
         """Times that it was given a slot; above 1 when it was preempted or replayed."""
 
+        self.needs_host = False
+        """Its next step waits until the host has seen its last token: no run-ahead. Nothing asks
+        for it yet; masking logits by a grammar would."""
+
         self.slot = -1
         self.microbatch_id = -1
         """Micro-batch that plans it; -1 while it waits."""
         self.roster_id = -1
         """Micro-batch whose roster, as the stages know it, has its slot; -1 if none."""
-        self.has_chunk_in_flight = False
+        self.last_plan = -1
+        """Newest plan with a row of it. Not kept while it is in a roster: there it is the
+        newest plan of the micro-batch."""
+        self.joins_after = -1
+        """It may not join a roster before this plan has come back."""
         self.is_dropped = False
-        """It ended while in flight: the plan's return releases it."""
+        """It ended while in flight: the return of its last plan releases it."""
         self.num_prefilled_tokens = 0
+        """Leading tokens whose keys and values issued plans store. Not kept while it is in a
+        roster: see ``step_offset``."""
+        self.step_offset = 0
+        """In a roster: what ``num_prefilled_tokens`` would be, less ``Microbatch.step``."""
         self.block_table: list[int] = []
         self.block_digests: list[bytes] = []
         """Prefix-cache key of each full block of known tokens, as far as one was asked for."""
@@ -99,17 +117,6 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
-    def num_computed_tokens(self) -> int:
-        """Leading tokens whose keys and values the issued chunks and returned plans stored.
-
-        A decoding sequence has computed all but its newest token: that one is the input of
-        its next row.
-        """
-        if self.status is SequenceStatus.DECODING:
-            return self.num_tokens - 1
-        return self.num_prefilled_tokens
-
-    @property
     def is_finished(self) -> bool:
         """True once it ended, for whatever reason; nothing plans it any more."""
         return self.status is SequenceStatus.FINISHED or self.is_dropped
@@ -127,7 +134,7 @@ class Sequence:
         """Hold nothing but the tokens any more: the state of one that waits."""
         self.status = SequenceStatus.WAITING
         self.slot = self.microbatch_id = self.roster_id = -1
-        self.has_chunk_in_flight = False
+        self.last_plan = self.joins_after = -1
         self.num_prefilled_tokens = 0
         self.block_table = []
         self.num_published_blocks = 0

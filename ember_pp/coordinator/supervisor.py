@@ -4,7 +4,7 @@ The life of one epoch, as messages (``docs/protocol.md``)::
 
     every stage:   start -> StageHello -> StageConfig -> StageProgress* -> StageReady
     all ready:     Start (agreed number of blocks, the next stage's handle) -> StageStarted
-    all started:   Probe to both ends of every edge -> ProbeReport
+    all started:   Probe to both ends of every edge, feedback last -> ProbeReport
     all probed:    the pipeline takes plans
 
 The supervisor is driven by the coordinator's loop: ``handle`` for each message, ``check`` when
@@ -93,11 +93,18 @@ class Supervisor:
         preparation: the checked model and layout.
         router: bound socket that the stages connect to.
         launcher: starts the processes; ``start`` is called from the caller's thread.
+        replica: which copy of the model this is; it says which devices are its own.
     """
 
     def __init__(
-        self, config: Config, preparation: Preparation, router: RouterSocket, launcher: Launcher
+        self,
+        config: Config,
+        preparation: Preparation,
+        router: RouterSocket,
+        launcher: Launcher,
+        replica: int = 0,
     ) -> None:
+        self._replica = replica
         self._config = config
         self._preparation = preparation
         self._router = router
@@ -127,7 +134,8 @@ class Supervisor:
 
     def start(self) -> None:
         """Start all stage processes; call from the main thread."""
-        layout = zip(self._preparation.layer_ranges, self._preparation.devices, strict=True)
+        devices = self._preparation.devices_of(self._replica)
+        layout = zip(self._preparation.layer_ranges, devices, strict=True)
         for stage_index, ((start_layer, end_layer), device) in enumerate(layout):
             token = secrets.token_hex(16)
             process = self._launcher.start(stage_index, address=self._router.address, token=token)
@@ -142,13 +150,12 @@ class Supervisor:
                 )
             )
 
-    def send_to_all(self, message: protocol.Message) -> None:
-        """Send one message to every stage; it is encoded once.
+    def send_to_all(self, packed: bytes) -> None:
+        """Send one encoded message to every stage.
 
         Raises:
             StageDiedError: a stage is gone.
         """
-        packed = protocol.encode(message)
         for stage in self.stages:
             self._send(stage, packed)
 
@@ -258,7 +265,7 @@ class Supervisor:
         limiting = min(reports, key=lambda report: report.num_blocks)
         self.num_blocks = limiting.num_blocks
         self._check_capacity(limiting)
-        handles = [report.handle for report in reports[1:]] + [{}]
+        handles = [report.handle for report in (*reports[1:], reports[0])]  # feedback: to stage 0
         for stage, next_handle in zip(self.stages, handles, strict=True):
             start = protocol.Start(EPOCH, self.num_blocks, next_handle)
             self._send(stage, protocol.encode(start))
@@ -282,8 +289,9 @@ class Supervisor:
     def _probe_when_all_started(self) -> None:
         if any(stage.phase is not Phase.STARTED for stage in self.stages):
             return
-        pairs = list(zip(self.stages, self.stages[1:], strict=False))
-        for sender, receiver in pairs:
+        receivers = (*self.stages[1:], self.stages[0])
+        pairs = list(zip(self.stages, receivers, strict=True)) if len(self.stages) > 1 else []
+        for sender, receiver in pairs:  # every stage takes its edges in this order: no deadlock
             edge = f"{sender.stage_index}->{receiver.stage_index}"
             probe = protocol.encode(protocol.Probe(EPOCH, edge, secrets.randbits(32)))
             for end in (receiver, sender):

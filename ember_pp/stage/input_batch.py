@@ -34,7 +34,8 @@ class BatchInputs:
     """Inputs of one forward pass; tensors are on the stage's device."""
 
     token_ids: Tensor
-    """[T] int64."""
+    """[T] int64. Decode rows come first, and are 0 until stage 0 writes their tokens there (see
+    ``LastTokens``); other stages do not read it."""
     positions: Tensor
     """[T] int64 index of each token in its sequence."""
     slot_mapping: Tensor
@@ -45,6 +46,8 @@ class BatchInputs:
     """[R] int32 tokens attended by each row, this step's included."""
     block_tables: Tensor
     """[R, max_blocks] int32 block ids in order, pad -1; as wide as the longest row needs."""
+    decode_slots: Tensor
+    """[num_decode_rows] int64 slot of each decode row."""
     num_decode_rows: int
     """The first rows have one token each."""
     max_query_len: int
@@ -244,7 +247,6 @@ class SlotTable:
 
     def _decode_inputs(self, execute: Execute, roster: _Roster) -> BatchInputs:
         """A plan of roster rows alone: one token each, nothing to expand."""
-        token_ids = self._read_token_ids("decode_ids", execute.decode_ids, len(roster.slots))
         if not roster.slots:
             raise ProtocolError("the plan has no rows")
         if execute.chunk_ids:
@@ -256,12 +258,13 @@ class SlotTable:
         self._context_lens[roster.index] = context_lens
         return self._to_device(
             BatchInputs(
-                token_ids=token_ids,
+                token_ids=torch.zeros(len(roster.slots), dtype=torch.int64),
                 positions=positions,
                 slot_mapping=slot_mapping,
                 cu_seqlens_q=roster.cu_seqlens,
                 context_lens=context_lens.to(torch.int32),
                 block_tables=block_tables,
+                decode_slots=roster.index,
                 num_decode_rows=len(roster.slots),
                 max_query_len=1,
                 sample_rows=roster.rows,
@@ -274,7 +277,7 @@ class SlotTable:
         num_decode_rows, num_rows = len(roster.slots), len(roster.slots) + len(chunks.slots)
         token_ids = torch.cat(
             (
-                self._read_token_ids("decode_ids", execute.decode_ids, num_decode_rows),
+                torch.zeros(num_decode_rows, dtype=torch.int64),
                 self._read_token_ids("chunk_ids", execute.chunk_ids, sum(chunks.lens)),
             )
         )
@@ -301,6 +304,7 @@ class SlotTable:
                 cu_seqlens_q=torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32),
                 context_lens=context_lens.to(torch.int32),
                 block_tables=block_tables,
+                decode_slots=roster.index,
                 num_decode_rows=num_decode_rows,
                 max_query_len=max(chunks.lens),
                 sample_rows=(ends - 1)[sampling],

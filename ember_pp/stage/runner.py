@@ -1,8 +1,9 @@
 """Computes one micro-batch: inputs, forward, hand-off or sampling. Knows no sockets.
 
 The order of a plan on a stage: take in the slot changes, wait for the hidden states of the
-previous stage, run the layers, then hand the result to the next stage, or draw tokens on the
-last one. Every time spent is counted as busy or as one of two waits.
+previous stage (on the first: for the tokens of the decode rows), run the layers, then hand the
+result to the next stage, or draw tokens on the last one, which sends them to the first. Every
+time spent is counted as busy or as one of two waits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ember_pp import checkpoint
 from ember_pp.protocol import Execute, Sampled, pack_i32
 from ember_pp.stage.input_batch import BatchInputs, SlotTable
 from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.sampler import Sampler
 
@@ -64,6 +66,9 @@ class StageRunner:
         source: hidden states from the previous stage; None on the first.
         sink: the next stage; None on the last.
         sampler: on the last stage only.
+        last_tokens: on the first stage only.
+        feedback: from the last stage to the first, [N, 1] int32; None on all others, and with
+            a single stage.
     """
 
     def __init__(
@@ -76,8 +81,12 @@ class StageRunner:
         source: HiddenStatesSource | None,
         sink: HiddenStatesSink | None,
         sampler: Sampler | None,
+        last_tokens: LastTokens | None,
+        feedback: HiddenStatesSink | None,
     ) -> None:
         assert (sink is None) != (sampler is None), "the last stage samples, the others hand on"
+        assert (source is None) != (last_tokens is None), "the first stage embeds tokens"
+        assert (feedback is None) == (sampler is None or source is None), "last to first"
         self._stage_index = stage_index
         self._model = model
         self._kv_cache = kv_cache
@@ -85,6 +94,8 @@ class StageRunner:
         self._source = source
         self._sink = sink
         self._sampler = sampler
+        self._last_tokens = last_tokens
+        self._feedback = feedback
         self.times = RunnerTimes()
         self._waited_before: tuple[int, int] | None = None
         """What the ends of the edges had waited before the first plan: in the probe."""
@@ -102,6 +113,8 @@ class StageRunner:
             self._waited_before = self._waited_ns()
         waited_ns = sum(self._waited_ns())
         inputs = self._slots.apply(execute)
+        if self._last_tokens is not None:
+            self._last_tokens.fill(execute, inputs)
         tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
         hidden_states = self._forward(execute, inputs, tap)
         sampled = None
@@ -143,20 +156,23 @@ class StageRunner:
         for opened in execute.open:
             sampler.open(opened)
         if not inputs.sample_slots:
+            self._feed_back(execute.plan, inputs.token_ids[:0])
             return Sampled(execute.epoch, execute.plan, b"", [])
         logits = self._model.logits(hidden_states.index_select(0, inputs.sample_rows))  # [N, V]
         if tap is not None:
             tap.keep("logits", logits)
         drawn = sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
+        self._feed_back(execute.plan, drawn.token_ids)
         if tap is not None:
             tap.keep("token_ids", drawn.token_ids)
         return Sampled(execute.epoch, execute.plan, pack_i32(drawn.read()), drawn.logprobs)
 
     def _waited_ns(self) -> tuple[int, int]:
         """For input and for output, since the edges were made."""
+        inputs, outputs = (self._source, self._last_tokens), (self._sink, self._feedback)
         return (
-            0 if self._source is None else self._source.waited_ns,
-            0 if self._sink is None else self._sink.waited_ns,
+            sum(end.waited_ns for end in inputs if end is not None),
+            sum(end.waited_ns for end in outputs if end is not None),
         )
 
     def _count(self, started_ns: int, waited_before_ns: int) -> None:
@@ -166,6 +182,17 @@ class StageRunner:
         times.wait_output_ns = waited_ns[1] - self._waited_before[1]
         elapsed_ns = time.monotonic_ns() - started_ns
         times.busy_ns += elapsed_ns - (sum(waited_ns) - waited_before_ns)
+
+    def _feed_back(self, plan: int, token_ids: Tensor) -> None:
+        """Give the first stage the inputs of its next decode rows, before the host reads them.
+
+        A row without a token (``sampling.NO_TOKEN``) ends its request once the host sees it;
+        until then the first stage may compute anything for it.
+        """
+        if self._feedback is not None:
+            self._feedback.send(plan, token_ids.clamp(min=0).to(torch.int32)[:, None])
+        elif self._last_tokens is not None:
+            self._last_tokens.put(plan, token_ids.clamp(min=0))
 
 
 class _Tap:

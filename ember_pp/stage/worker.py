@@ -40,6 +40,7 @@ from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_recei
 from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
 from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.runner import StageRunner
 from ember_pp.stage.sampler import Sampler
@@ -64,7 +65,9 @@ class StageWorker:
         self._post = post
         self._slice: _Slice | None = None
         self._receiver: Receiver | None = None
+        """Of hidden states; on the first stage, of feedback."""
         self._sender: Sender | None = None
+        """Of hidden states; on the last stage, of feedback."""
         self._runner: StageRunner | None = None
         self._last_plan = -1
         self._waited_for_plan_ns = 0
@@ -155,10 +158,10 @@ class StageWorker:
             torch.cuda.set_device(loaded.device)
         loaded.load(self._progress_reporter())
         handle = {}
-        if not loaded.is_first:
-            edge = Edge(self._stage_index - 1, self._stage_index)
-            path = loaded.config.handoff
-            self._receiver = open_receiver(path, edge, loaded.ring_shape, loaded.device)
+        if message.num_stages > 1:
+            edge = Edge((self._stage_index - 1) % message.num_stages, self._stage_index)
+            shape = loaded.feedback_shape if loaded.is_first else loaded.ring_shape
+            self._receiver = open_receiver(loaded.config.handoff, edge, shape, loaded.device)
             handle = self._receiver.handle
         self._post(
             StageReady(
@@ -187,10 +190,11 @@ class StageWorker:
         loaded = self._loaded("Start", message.epoch)
         if self._runner is not None:
             raise ProtocolError(f"stage {self._stage_index} got Start a second time")
-        if not loaded.is_last:
-            edge = Edge(self._stage_index, self._stage_index + 1)
-            handle = message.next_handle
-            self._sender = open_sender(handle, edge, loaded.ring_shape, loaded.device)
+        num_stages = loaded.message.num_stages
+        if num_stages > 1:
+            edge = Edge(self._stage_index, (self._stage_index + 1) % num_stages)
+            shape = loaded.feedback_shape if loaded.is_last else loaded.ring_shape
+            self._sender = open_sender(message.next_handle, edge, shape, loaded.device)
         self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
         self._post(StageStarted(message.epoch, self._stage_index))
 
@@ -266,6 +270,20 @@ class _Slice:
             max_tokens=self.config.scheduler.max_tokens_per_plan,
             hidden_size=self.model_config.hidden_size,
             dtype=self.dtype,
+        )
+
+    @property
+    def feedback_shape(self) -> RingShape:
+        """Of the edge from the last stage to the first: the token ids that a plan draws.
+
+        See ``LastTokens`` for the number of slots.
+        """
+        max_tokens = self.config.scheduler.max_tokens_per_plan
+        return RingShape(
+            num_slots=2 * self.message.max_in_flight,
+            max_tokens=min(self.message.max_slots, max_tokens),
+            hidden_size=1,
+            dtype=torch.int32,
         )
 
     def load(self, on_progress: Callable[[int, int], None]) -> None:
@@ -347,14 +365,24 @@ class _Slice:
         if self.is_last:
             eos_token_ids = unpack_i32(message.eos_token_ids).tolist()
             sampler = Sampler(cfg.vocab_size, message.max_slots, eos_token_ids, self.device)
+        last_tokens = None
+        if self.is_first:
+            last_tokens = LastTokens(
+                message.max_slots,
+                self.device,
+                source=receiver,
+                max_in_flight=message.max_in_flight,
+            )
         return StageRunner(
             message.stage_index,
             self._model,
             kv_cache,
             slots,
-            source=receiver,
-            sink=sender,
+            source=None if self.is_first else receiver,
+            sink=None if self.is_last else sender,
             sampler=sampler,
+            last_tokens=last_tokens,
+            feedback=sender if self.is_last else None,
         )
 
 

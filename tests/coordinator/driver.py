@@ -209,7 +209,7 @@ class Driver:
     def _check_rosters(self) -> None:
         """The stages' rosters are those of the micro-batches, row by row."""
         for microbatch in self.scheduler._microbatches:
-            if microbatch.plan is not None:
+            if microbatch.num_in_flight:
                 slots = [row.slot for row in microbatch.roster]
                 assert slots == self.stage.rosters[microbatch.index]
 

@@ -4,6 +4,8 @@ The "key and value" of a token is a digest of the value before it, of the token 
 position, as a real one depends on all tokens before it. A drawn token is a digest of all
 values that its row attends to, of the seed, and of the counts that penalties would read. So a
 block that is shared wrongly, reused too early, written twice or missing changes the tokens.
+A roster row starts from the token drawn last for its slot, as on stage 0, and must have been
+planned with the feedback of that draw.
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class _Slot:
             assert not self.output
         self.blocks: list[int] = []
         self.last_position = -1
+        self.last_token = -1
+        self.last_draw = -1  # the plan that drew it
 
 
 class ModelStage:
@@ -88,15 +92,15 @@ class ModelStage:
         assert execute.plan == self.next_plan, "plan numbers have no gaps"
         self.next_plan += 1
         roster = self._apply_changes(execute)
-        decode_ids = protocol.unpack_i32(execute.decode_ids)
-        assert len(decode_ids) == len(roster)
+        drawn_by = [self.slots[slot].last_draw for slot in roster]
+        assert execute.feedback == max(drawn_by, default=-1) < execute.plan
         chunks = self._read_chunks(execute)
         named = roster + [slot for slot, *_ in chunks]
         assert len(set(named)) == len(named), "a slot has two rows"
         num_tokens = len(roster) + sum(len(ids) for _, _, ids, _ in chunks)
         assert 1 <= num_tokens <= self.max_tokens, f"{num_tokens} tokens in one plan"
 
-        rows = [(slot, None, [token], True) for slot, token in zip(roster, decode_ids, strict=True)]
+        rows = [(slot, None, [self.slots[slot].last_token], True) for slot in roster]
         # Draw only when all is stored, so that a row that overwrites another's place shows.
         written: set[tuple[int, int]] = set()
         drawing = []
@@ -104,7 +108,7 @@ class ModelStage:
             self._write(self.slots[slot], start, token_ids, written)
             if samples:
                 drawing.append(self.slots[slot])
-        return [self._sample(slot) for slot in drawing]
+        return [self._sample(slot, execute.plan) for slot in drawing]
 
     def _apply_changes(self, execute: protocol.Execute) -> list[int]:
         roster = self.rosters.setdefault(execute.microbatch, [])
@@ -158,7 +162,7 @@ class ModelStage:
             before = self.kv[place] = _store(before, token, position)
         slot.last_position = start + len(token_ids) - 1
 
-    def _sample(self, slot: _Slot) -> int:
+    def _sample(self, slot: _Slot, plan: int) -> int:
         values = [self.kv[self._place(slot, p)] for p in range(slot.last_position + 1)]
         num_outputs = len(values) - slot.num_prompt_tokens
         assert num_outputs >= slot.num_output_tokens
@@ -166,4 +170,5 @@ class ModelStage:
             values, slot.seed, num_outputs, _counts(slot.params, slot.prompt, slot.output)
         )
         slot.output.append(token)
+        slot.last_token, slot.last_draw = token, plan
         return token

@@ -10,7 +10,12 @@ import ember_pp
 from ember_pp import config as configuration
 from ember_pp import protocol
 from ember_pp.coordinator.admission import Admission
-from ember_pp.coordinator.preparation import choose_devices, default_max_in_flight, prepare
+from ember_pp.coordinator.preparation import (
+    choose_devices,
+    choose_num_microbatches,
+    default_max_in_flight,
+    prepare,
+)
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.tokenizer import Tokenizer
 
@@ -196,7 +201,14 @@ def test_devices_are_spread_and_checked():
 
 
 def test_plans_in_flight_default_to_one_more_than_stages():
-    assert [default_max_in_flight(n) for n in (1, 2, 4)] == [1, 3, 5]
+    assert [default_max_in_flight(n, run_ahead=0) for n in (1, 2, 4)] == [1, 3, 5]
+    assert [default_max_in_flight(n, run_ahead=1) for n in (1, 2, 4)] == [2, 3, 5]
+
+
+def test_a_micro_batch_per_stage_or_per_plan():
+    assert choose_num_microbatches(4, max_in_flight=5, run_ahead=1) == 4
+    assert choose_num_microbatches(4, max_in_flight=5, run_ahead=0) == 5
+    assert choose_num_microbatches(4, max_in_flight=2, run_ahead=3) == 2
 
 
 def test_a_context_beyond_the_checkpoint_is_refused():

@@ -33,6 +33,8 @@ class Limits:
     max_sequences: int
     max_tokens_per_plan: int
     prefix_caching: bool
+    num_microbatches: int | None = None
+    run_ahead: int = 0
     max_model_len: int = 64
 
 
@@ -53,6 +55,8 @@ limits = st.builds(
     max_sequences=st.integers(1, 8),
     max_tokens_per_plan=st.sampled_from([1, 2, 5, 16, 64]),
     prefix_caching=st.booleans(),
+    num_microbatches=st.sampled_from([None, 1, 2, 4]),
+    run_ahead=st.sampled_from([0, 1, 1, 2, 4]),
 )
 # Few distinct tokens and a few shared beginnings: prefixes meet often.
 beginnings = st.sampled_from([(), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 4, 9), (5,) * 20])
@@ -89,6 +93,8 @@ class History:
             max_tokens_per_plan=limits.max_tokens_per_plan,
             max_model_len=limits.max_model_len,
             prefix_caching=limits.prefix_caching,
+            num_microbatches=limits.num_microbatches,
+            run_ahead=limits.run_ahead,
         )
         self.stage = ModelStage(
             num_blocks=limits.num_blocks,

@@ -98,7 +98,7 @@ class Play:
         self.say(index, protocol.StageHello(index, token, 1, {"name": "test"}))
 
     def ready(self, index, num_blocks=10):
-        handle = {"ring": index} if index else {}
+        handle = {"ring": index}
         self.say(index, protocol.StageReady(EPOCH, index, num_blocks, handle, 100, 10))
 
     def close(self):
@@ -138,15 +138,20 @@ def test_the_whole_start_sequence(play):
     assert supervisor.phase is Phase.STARTING
     starts = start_all(play)
     assert [start.num_blocks for start in starts] == [7, 7, 7]  # the least of all
-    assert [start.next_handle for start in starts] == [{"ring": 1}, {"ring": 2}, {}]
-    probes = [play.hear(0), play.hear(1), play.hear(1), play.hear(2)]
-    assert [probe.edge for probe in probes] == ["0->1", "0->1", "1->2", "1->2"]
-    assert probes[0].seed == probes[1].seed
-    assert not supervisor.is_ready
-    for index, edge in ((0, "0->1"), (1, "0->1"), (1, "1->2"), (2, "1->2")):
+    assert [start.next_handle for start in starts] == [{"ring": 1}, {"ring": 2}, {"ring": 0}]
+    probes = [[play.hear(index) for _ in range(2)] for index in range(3)]
+    # Each stage takes its edges in the order of this list, so no two can wait for each other.
+    ends = [(0, "0->1"), (1, "0->1"), (1, "1->2"), (2, "1->2"), (2, "2->0"), (0, "2->0")]
+    assert [[probe.edge for probe in of_stage] for of_stage in probes] == [
+        [edge for index, edge in ends if index == stage_index] for stage_index in range(3)
+    ]
+    assert probes[0][0].seed == probes[1][0].seed
+    assert probes[0][1].seed == probes[2][1].seed
+    for index, edge in ends:
+        assert not supervisor.is_ready
         play.say(index, protocol.ProbeReport(EPOCH, index, edge, "host_shm", True, ""))
     assert supervisor.is_ready
-    assert supervisor.edges == {"0->1": "host_shm", "1->2": "host_shm"}
+    assert supervisor.edges == {"0->1": "host_shm", "1->2": "host_shm", "2->0": "host_shm"}
     supervisor.check()
 
 

@@ -61,14 +61,35 @@ def client():
 @pytest.fixture(scope="module")
 def alone():
     """Greedy tokens of each prompt, one request at a time through a single stage."""
-    with engine(pipeline={"stages": 1}) as client:
+    with engine(pipeline={"stages": 1, "run_ahead": 0}) as client:
         return [client.generate(prompt, sampling=GREEDY).token_ids for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
-def test_tokens_depend_neither_on_stages_nor_on_company(num_stages, alone):
-    with engine(pipeline={"stages": num_stages}) as client:
+def test_replicas_share_the_work_and_change_no_token(alone):
+    with engine(pipeline={"replicas": 2, "stages": 2}) as client:
         assert run_all(client, [(prompt, GREEDY) for prompt in PROMPTS]) == alone
+        stages = client.status()["stages"]
+    assert [(stage["replica"], stage["stage_index"]) for stage in stages] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert all(stage["plan"] > 0 for stage in stages)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "run_ahead"), [(1, 1), (2, 1), (3, 1), (8, 1), (1, 0), (3, 0), (1, 2), (3, 2)]
+)
+def test_tokens_depend_neither_on_stages_nor_on_company_nor_on_run_ahead(
+    num_stages, run_ahead, alone
+):
+    with engine(pipeline={"stages": num_stages, "run_ahead": run_ahead}) as client:
+        assert run_all(client, [(prompt, GREEDY) for prompt in PROMPTS]) == alone
+        edges = [f"{i}->{(i + 1) % num_stages}" for i in range(num_stages)]
+        assert client.status()["edges"] == dict.fromkeys(
+            edges if num_stages > 1 else [], "host_shm"
+        )
 
 
 def test_preemption_does_not_change_tokens(alone):
@@ -90,13 +111,14 @@ def test_tiny_plans_and_no_prefix_cache_do_not_change_tokens(alone):
 def test_seeds_hold_over_company_stages_and_preemption():
     sampled = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "max_tokens": 24, "ignore_eos": True}
     requests = [(prompt, sampled | {"seed": i}) for i, prompt in enumerate(PROMPTS * 2)]
-    with engine(pipeline={"stages": 1}) as client:
+    with engine(pipeline={"stages": 1, "run_ahead": 0}) as client:
         alone = [client.generate(prompt, sampling=params).token_ids for prompt, params in requests]
     assert len({tuple(tokens) for tokens in alone}) > len(PROMPTS)  # the seeds matter
     block_bytes = 8 * 10 * 2 * 2 * 64 * 4
     tight = {"memory_gib": 16.5 * block_bytes / 3 / 1024**3, "block_size": 8}
     with engine(pipeline={"stages": 3}, cache=tight) as client:
         assert run_all(client, requests) == alone
+        assert client.status()["num_preemptions"] > 0
 
 
 def test_a_seed_key_stands_for_a_seed(client):
@@ -126,6 +148,39 @@ def test_streams_add_up_and_stop_strings_are_never_shown(client):
     stopped = client.generate(PROMPTS[1], sampling=GREEDY | {"stop": [stop]})
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
     assert stopped.text == whole.text[:cut]
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+def test_stops_that_only_the_host_can_see_change_no_other_answer(run_ahead, alone):
+    """Rows planned past a stop are thrown away while others take over slots and blocks."""
+    with engine(
+        pipeline={"run_ahead": run_ahead},
+        scheduler={"max_sequences": 3},
+        cache={"memory_gib": 0.002, "block_size": 8},
+    ) as client:
+        whole = [client.generate(prompt, sampling=GREEDY) for prompt in PROMPTS]
+        assert [completion.token_ids for completion in whole] == alone
+        stops = [completion.text[len(completion.text) // 3 :][:4] for completion in whole]
+        requests = [
+            (prompt, GREEDY | ({"stop": [stop]} if is_stopped else {}))
+            for prompt, stop in zip(PROMPTS, stops, strict=True)
+            for is_stopped in (True, False, True)
+        ]
+        submitted = [client.submit(prompt, sampling=sampling) for prompt, sampling in requests]
+        for index, request in enumerate(submitted):
+            completion, expected = request.result(120.0), whole[index // 3]
+            stop = requests[index][1].get("stop", [None])[0]
+            if stop is None:
+                assert completion.token_ids == expected.token_ids
+            else:
+                assert completion.stop_reason == stop
+                assert completion.text == expected.text[: expected.text.index(stop)]
+                num_tokens = completion.num_output_tokens
+                assert completion.token_ids == expected.token_ids[:num_tokens]
+        deadline_s = time.monotonic() + 10.0
+        while client.status()["num_free_blocks"] < client.status()["num_blocks"]:
+            assert time.monotonic() < deadline_s, "blocks are still held"
+            time.sleep(0.02)
 
 
 def test_max_tokens_and_eos_end_an_answer(client):

@@ -11,7 +11,9 @@ from ember_pp.coordinator.sequence import Sequence
 from ember_pp.sampling_params import SamplingParams
 
 BLOCK_SIZE, MAX_SLOTS, MAX_MODEL_LEN, MAX_TOKENS_PER_PLAN, MAX_IN_FLIGHT = 16, 8, 256, 32, 3
-NUM_BLOCKS = 18  # fewer than the requests below need at once: some are preempted
+NUM_MICROBATCHES, RUN_AHEAD = 2, 1
+STOP_AFTER = 5  # of two requests, as if by a stop string: known to the host alone
+NUM_BLOCKS = 16  # fewer than the requests below need at once: some are preempted
 
 _PREFIX = [7 * i % 900 + 3 for i in range(35)]  # two full blocks and a bit
 _PARAMS = (
@@ -27,10 +29,15 @@ def requests() -> list[Sequence]:
     sequences = []
     for index, length in enumerate((1, 15, 16, 17, 37, 3, 71, 2, 33, 64)):
         own = [(31 * index + 13 * i) % 1000 + 1 for i in range(length)]
-        params = SamplingParams(max_tokens=17 + 3 * index % 17, **_PARAMS[index % len(_PARAMS)])
+        params = SamplingParams(max_tokens=25 + 3 * index % 17, **_PARAMS[index % len(_PARAMS)])
         prompt = _PREFIX + own if index % 2 else own
         sequences.append(Sequence(f"request-{index}", prompt, params, seed=index))
     return sequences
+
+
+def stops(sequence: Sequence) -> bool:
+    """True for a request that ends before its ``max_tokens``, while planned ahead."""
+    return int(sequence.request_id.rpartition("-")[2]) % 5 == 2
 
 
 def record(
@@ -44,6 +51,8 @@ def record(
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         max_in_flight=MAX_IN_FLIGHT,
+        num_microbatches=NUM_MICROBATCHES,
+        run_ahead=RUN_AHEAD,
         max_sequences=MAX_SLOTS,
         max_tokens_per_plan=MAX_TOKENS_PER_PLAN,
         max_model_len=MAX_MODEL_LEN,
@@ -63,6 +72,7 @@ def record(
         answers.append(sampled)
         token_ids = protocol.unpack_i32(sampled.token_ids).tolist()
         for sequence, _ in scheduler.complete(execute.plan, token_ids):
-            if sequence.num_tokens >= sequence.max_total_tokens:
+            has_stopped = stops(sequence) and sequence.num_output_tokens >= STOP_AFTER
+            if has_stopped or sequence.num_tokens >= sequence.max_total_tokens:
                 scheduler.finish(sequence)
     return plans, answers, sequences

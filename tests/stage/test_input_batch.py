@@ -23,7 +23,8 @@ def make_execute(plan=0, microbatch=0, **fields):
         join=pack_u32(fields.get("join", [])),
         chunks=pack_u32(n for s, start, ids, f in chunks for n in (s, start, len(ids), f)),
         chunk_ids=pack_i32(token for _, _, ids, _ in chunks for token in ids),
-        decode_ids=pack_i32(fields.get("decode_ids", [])),
+        feedback=plan - 1,
+        after_idle=False,
         tap=None,
     )
 
@@ -46,8 +47,7 @@ class Model:
         for slot, block in fields.get("blocks", []):
             self.tables[slot].append(block)
         roster += fields.get("join", [])
-        decodes = zip(roster, fields.get("decode_ids", []), strict=True)
-        rows = [(slot, self.computed[slot], [token], True) for slot, token in decodes]
+        rows = [(slot, self.computed[slot], [0], True) for slot in roster]
         rows += fields.get("chunks", [])
         for slot, start, ids, _ in rows:
             self.computed[slot] = start + len(ids)
@@ -91,14 +91,14 @@ HISTORY = [
     (0, {"open": [2, 0], "blocks": [(2, 7), (2, 3), (0, 9)],
          "chunks": [(2, 0, [1, 2, 3, 4, 5], 0), (0, 0, [6, 7, 8], 1)]}),
     (1, {"open": [5], "blocks": [(5, 7), (5, 11)], "chunks": [(5, 4, [9, 10], 1)]}),
-    (0, {"join": [0], "chunks": [(2, 5, [11], 1)], "decode_ids": [12]}),
-    (0, {"join": [2], "blocks": [(0, 1)], "decode_ids": [13, 14]}),
-    (1, {"join": [5], "decode_ids": [15]}),
-    (0, {"decode_ids": [16, 17]}),
-    (0, {"leave": [0], "open": [0], "blocks": [(0, 30), (2, 31)], "decode_ids": [18],
+    (0, {"join": [0], "chunks": [(2, 5, [11], 1)]}),
+    (0, {"join": [2], "blocks": [(0, 1)]}),
+    (1, {"join": [5]}),
+    (0, {}),
+    (0, {"leave": [0], "open": [0], "blocks": [(0, 30), (2, 31)],
          "chunks": [(0, 0, [19, 20, 21, 22], 1)]}),
-    (0, {"leave": [2], "join": [0], "blocks": [(0, 32)], "decode_ids": [23]}),
-    (1, {"decode_ids": [24]}),
+    (0, {"leave": [2], "join": [0], "blocks": [(0, 32)]}),
+    (1, {}),
 ]  # fmt: skip
 
 
@@ -110,7 +110,8 @@ def test_history_equals_plain_loop(device):
         rows = model.rows(microbatch, **fields)
         model.check(inputs, rows)
         assert inputs.block_tables.device == inputs.token_ids.device == torch.device(device)
-        assert inputs.num_decode_rows == len(fields.get("decode_ids", []))
+        assert inputs.decode_slots.tolist() == model.rosters[microbatch]
+        assert inputs.num_decode_rows == len(model.rosters[microbatch])
 
 
 @pytest.fixture
@@ -118,11 +119,11 @@ def table():
     """Slot 0 decodes in micro-batch 0 with 4 tokens computed and one block; slot 1 is open."""
     table = make_table(vocab_size=100)
     table.apply(make_execute(open=[0, 1], blocks=[(0, 5), (1, 6)], chunks=[(0, 0, [1, 2, 3], 1)]))
-    table.apply(make_execute(1, join=[0], decode_ids=[1]))
+    table.apply(make_execute(1, join=[0]))
     return table
 
 
-NEXT = {"blocks": [(0, 8)], "decode_ids": [1]}
+NEXT = {"blocks": [(0, 8)]}
 
 
 @pytest.mark.parametrize(
@@ -131,24 +132,23 @@ NEXT = {"blocks": [(0, 8)], "decode_ids": [1]}
         ({"open": [6]}, r"open: slot 6 of 6"),
         ({"open": [0]}, r"open: slot 0 is still in the roster of micro-batch 0"),
         ({"leave": [1]}, r"leave: not in the roster: \[1\]"),
-        ({"leave": [0, 0], "decode_ids": []}, r"leave: not in the roster: a slot twice"),
-        ({"join": [0], "decode_ids": [1, 1]}, r"join: slot 0 is already in the roster"),
-        ({"join": [1], "decode_ids": [1, 1]}, r"join: nothing is computed yet in slots \[1\]"),
-        ({"join": [3], "decode_ids": [1, 1]}, r"join: nothing is computed yet in slots \[3\]"),
+        ({"leave": [0, 0]}, r"leave: not in the roster: a slot twice"),
+        ({"join": [0]}, r"join: slot 0 is already in the roster"),
+        ({"join": [1]}, r"join: nothing is computed yet in slots \[1\]"),
+        ({"join": [3]}, r"join: nothing is computed yet in slots \[3\]"),
         ({"blocks": [(9, 1)]}, r"blocks: slot 9 of 6"),
         ({"blocks": [(0, 40)]}, r"blocks: slot 0 gets block 40 of 40"),
         ({"blocks": [(0, b) for b in range(5)]}, r"blocks: slot 0 would have more than 5 blocks"),
         ({"blocks": []}, r"row 0 has no block for position 4"),
-        ({"decode_ids": []}, r"decode_ids: expected 1 token ids, got 0"),
-        ({"decode_ids": [100]}, r"decode_ids: token ids 100 .. 100 are outside"),
-        ({"decode_ids": [-1]}, r"decode_ids: token ids -1 .. -1 are outside"),
+        ({"chunks": [(1, 0, [100], 0)]}, r"chunk_ids: token ids 100 .. 100 are outside"),
+        ({"chunks": [(1, 0, [-1], 0)]}, r"chunk_ids: token ids -1 .. -1 are outside"),
         ({"chunks": [(0, 4, [1], 0)]}, r"chunks: slot 0 is in the roster of micro-batch 0"),
         ({"chunks": [(3, 0, [1], 0)]}, r"chunks: slot 3 was never opened"),
         ({"chunks": [(1, 0, [], 0)]}, r"chunks: slot 1 has no tokens"),
         ({"chunks": [(1, 0, [1], 0), (1, 1, [1], 0)]}, r"chunks: a slot is named twice"),
         ({"chunks": [(1, 0, [1] * 5, 0)]}, r"row 1 has no block for position 4"),
         ({"chunks": [(1, 17, [1] * 4, 0)]}, r"a row of 21 tokens; block tables hold 5 blocks of 4"),
-        ({"leave": [0], "decode_ids": []}, r"the plan has no rows"),
+        ({"leave": [0]}, r"the plan has no rows"),
     ],
 )  # fmt: skip
 def test_refuses_nonsense_by_name(table, change, message):

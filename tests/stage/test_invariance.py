@@ -7,6 +7,7 @@ replayed through stages that run in threads with real ``host_shm`` edges between
 
 import dataclasses
 import threading
+import time
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from recorded_plans import (
     MAX_SLOTS,
     MAX_TOKENS_PER_PLAN,
     NUM_BLOCKS,
+    NUM_MICROBATCHES,
+    STOP_AFTER,
     record,
+    stops,
 )
 from safetensors.torch import load_file
 
@@ -28,6 +32,7 @@ from ember_pp.protocol import unpack_u32
 from ember_pp.stage.handoff import Edge, RingShape, open_receiver, open_sender
 from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
+from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.runner import StageRunner
 from ember_pp.stage.sampler import Sampler
@@ -59,17 +64,33 @@ def make_stages(folder, num_stages, dtype, device):
         open_sender(receiver.handle, edge, shape, device)
         for edge, receiver in zip(edges, receivers, strict=True)
     ]
+    tokens_in, tokens_out = None, None
+    if num_stages > 1:
+        shape = RingShape(
+            num_slots=2 * MAX_IN_FLIGHT, max_tokens=MAX_SLOTS, hidden_size=1, dtype=torch.int32
+        )
+        tokens_in = open_receiver("host_shm", Edge(num_stages - 1, 0), shape, device)
+        tokens_out = open_sender(tokens_in.handle, tokens_in.edge, shape, device)
     ranges = partition.split_layers(cfg, num_stages, "equal")
     stages = [
-        make_stage(folder, cfg, dtype, device, stage_index, layers, source, sink)
+        make_stage(
+            *(folder, cfg, dtype, device, stage_index, layers, source, sink),
+            *(tokens_in, tokens_out),
+        )
         for stage_index, (layers, source, sink) in enumerate(
             zip(ranges, [None, *receivers], [*senders, None], strict=True)
         )
     ]
-    return stages, receivers + senders
+    ends = [*receivers, *senders, tokens_in, tokens_out]
+    return stages, [end for end in ends if end is not None]
 
 
-def make_stage(folder, cfg, dtype, device, stage_index, layers, source, sink):
+def make_stage(
+    folder, cfg, dtype, device, stage_index, layers, source, sink, tokens_in, tokens_out
+):
+    last_tokens = None
+    if source is None:
+        last_tokens = LastTokens(MAX_SLOTS, device, source=tokens_in, max_in_flight=MAX_IN_FLIGHT)
     ends = {"is_first": source is None, "is_last": sink is None}
     checkpoint = Checkpoint.open(folder)
     weights = load_stage(checkpoint, cfg, *layers, **ends, dtype=dtype, device=device)
@@ -82,17 +103,25 @@ def make_stage(folder, cfg, dtype, device, stage_index, layers, source, sink):
         source=source,
         sink=sink,
         sampler=Sampler(cfg.vocab_size, MAX_SLOTS, (), device) if sink is None else None,
+        last_tokens=last_tokens,
+        feedback=tokens_out if sink is None else None,
     )
 
 
-def replay(folder, num_stages, dtype, device, plans):
-    """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn."""
+def replay(folder, num_stages, dtype, device, plans, *, is_last_late=False):
+    """Run all plans through ``num_stages`` stages at once, a thread each; what was drawn.
+
+    With ``is_last_late`` the last stage starts a plan only when the first cannot go on.
+    """
     stages, ends = make_stages(folder, num_stages, dtype, device)
     answers, errors = [], []
 
     def work(runner):
+        is_late = is_last_late and runner is stages[-1]
         try:
             for execute in plans:
+                while is_late and threads[0].is_alive() and not any(end.wait for end in of_first):
+                    time.sleep(0.0001)
                 sampled = runner.run(execute)
                 if sampled is not None:
                     answers.append(sampled)
@@ -101,6 +130,7 @@ def replay(folder, num_stages, dtype, device, plans):
             for end in ends:  # let the other stages go
                 end.close()
 
+    of_first = [end for end in ends if end.edge in (Edge(0, 1), Edge(num_stages - 1, 0))]
     threads = [threading.Thread(target=work, args=(stage,), daemon=True) for stage in stages]
     for thread in threads:
         thread.start()
@@ -153,15 +183,21 @@ def starts_behind_a_cached_prefix(execute):
 
 def test_the_recording_has_everything(recorded):
     """The plans would prove little if they were all of one kind."""
-    _, plans, _, sequences, _ = recorded
+    _, plans, answers, sequences, _ = recorded
     num_opens = sum(len(execute.open) for execute in plans)
     assert num_opens > len(sequences), "nothing was preempted"
     assert any(starts_behind_a_cached_prefix(execute) for execute in plans)
-    assert len({execute.microbatch for execute in plans}) == MAX_IN_FLIGHT
-    assert any(execute.decode_ids and execute.chunks for execute in plans)
-    assert any(execute.decode_ids and not execute.chunks for execute in plans)
+    assert len({execute.microbatch for execute in plans}) == NUM_MICROBATCHES
+    assert any(execute.feedback >= 0 and execute.chunks for execute in plans)
+    assert any(execute.feedback >= 0 and not execute.chunks for execute in plans)
+    # Planned ahead: the plan before that of the same micro-batch was still in flight.
+    assert any(execute.feedback > execute.plan - MAX_IN_FLIGHT for execute in plans)
     assert any(len(execute.leave) and len(execute.join) for execute in plans)
-    assert all(sequence.num_output_tokens == sequence.params.max_tokens for sequence in sequences)
+    for sequence in sequences:
+        num_tokens = STOP_AFTER if stops(sequence) else sequence.params.max_tokens
+        assert sequence.num_output_tokens == num_tokens
+    num_drawn = sum(len(unpack_u32(sampled.token_ids)) for sampled in answers)
+    assert num_drawn > sum(s.num_output_tokens for s in sequences), "no token was thrown away"
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 8])
@@ -183,3 +219,10 @@ def test_the_split_is_invisible(recorded, num_stages, tmp_path, demo_path):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), f"{name} of plan {execute.plan} differs"
+
+
+def test_feedback_that_is_as_late_as_can_be_changes_nothing(recorded, demo_path):
+    """Stage 0 has run as far ahead as it can each time that the last stage draws."""
+    where, plans, answers, _, _ = recorded
+    plans = [dataclasses.replace(execute, tap=None) for execute in plans]
+    assert replay(demo_path, 3, *where, plans, is_last_late=True) == answers

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from ember_pp.errors import ProtocolError
+from ember_pp.kernels.sampling import NO_TOKEN
 from ember_pp.protocol import Execute, OpenSlot, pack_i32, pack_u32, unpack_i32
 from ember_pp.stage.input_batch import SlotTable
+from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.runner import StageRunner
-from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.sampler import SampledTokens, Sampler
 
 HIDDEN_SIZE, VOCAB_SIZE = 3, 11
 WAIT_S = 0.02
@@ -71,10 +73,35 @@ class FakeSink:
         self.sent.append((plan, hidden_states.clone()))
 
 
-def make_runner(log, *, source=None, sink=None):
+def make_runner(log, *, source=None, sink=None, feedback=None, feedback_source=None):
+    if source is not None and sink is None:
+        feedback = feedback or FakeSink([])
     sampler = Sampler(VOCAB_SIZE, 4, (), "cpu") if sink is None else None
-    slots = SlotTable(4, 8, 16)
-    return StageRunner(1, FakeModel(log), None, slots, source=source, sink=sink, sampler=sampler)
+    last_tokens = None
+    if source is None:
+        last_tokens = LastTokens(4, source=feedback_source, max_in_flight=2)
+    return StageRunner(
+        1,
+        FakeModel(log),
+        None,
+        SlotTable(4, 8, 16),
+        source=source,
+        sink=sink,
+        sampler=sampler,
+        last_tokens=last_tokens,
+        feedback=feedback,
+    )
+
+
+def make_decode(plan, *, join=(), feedback=None):
+    """A plan of micro-batch 0 in which slot 0 decodes."""
+    return dataclasses.replace(
+        make_execute(plan, start=1),
+        join=pack_u32(join),
+        chunks=b"",
+        chunk_ids=b"",
+        feedback=plan - 1 if feedback is None else feedback,
+    )
 
 
 def make_execute(plan=0, *, tokens=(1, 2, 3), samples=True, start=0, tap=None):
@@ -89,7 +116,8 @@ def make_execute(plan=0, *, tokens=(1, 2, 3), samples=True, start=0, tap=None):
         join=b"",
         chunks=pack_u32([0, start, len(tokens), int(samples)]),
         chunk_ids=pack_i32(tokens),
-        decode_ids=b"",
+        feedback=-1,
+        after_idle=False,
         tap=tap,
     )
 
@@ -120,6 +148,38 @@ def test_a_plan_that_samples_nothing_still_comes_back():
     assert (sampled.plan, sampled.token_ids, sampled.logprobs) == (0, b"", [])
     sampled = runner.run(make_execute(1, start=3, tokens=[4]))
     assert unpack_i32(sampled.token_ids).tolist() == [(4 + 9) % VOCAB_SIZE]
+
+
+def test_the_last_stage_feeds_its_tokens_back_before_it_reports_them():
+    feedback = FakeSink([])
+    runner = make_runner([], source=FakeSource([]), feedback=feedback)
+    drawn = [runner.run(make_execute(0, samples=False)), runner.run(make_execute(1))]
+    assert [plan for plan, _ in feedback.sent] == [0, 1]
+    for (_, token_ids), sampled in zip(feedback.sent, drawn, strict=True):
+        assert token_ids.dtype == torch.int32
+        assert token_ids.tolist() == [[token] for token in unpack_i32(sampled.token_ids)]
+
+
+def test_a_single_stage_decodes_from_what_it_drew():
+    runner = make_runner([])
+    token = (3 + 9) % VOCAB_SIZE
+    assert unpack_i32(runner.run(make_execute(0)).token_ids).tolist() == [token]
+    for plan in range(1, 6):
+        token = (token + 9) % VOCAB_SIZE
+        sampled = runner.run(make_decode(plan, join=[0] if plan == 1 else []))
+        assert unpack_i32(sampled.token_ids).tolist() == [token]
+
+
+def test_a_row_without_a_token_is_told_to_the_host_alone():
+    """Stage 0 gets some token in its place: what it computes for that row is thrown away."""
+    feedback = FakeSink([])
+    runner = make_runner([], source=FakeSource([]), feedback=feedback)
+    broken = SampledTokens(torch.tensor([NO_TOKEN]), (0,), (3,), None)
+    runner._sampler.sample = lambda logits, slots, positions: broken
+    sampled = runner.run(make_execute(0))
+    assert list(unpack_i32(sampled.token_ids)) == [NO_TOKEN]
+    [(_, token_ids)] = feedback.sent
+    assert token_ids.tolist() == [[0]]
 
 
 def test_waits_are_counted_apart_from_work():

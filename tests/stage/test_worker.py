@@ -147,18 +147,20 @@ def test_two_stages_probe_their_edge_and_serve(demo_path, recorded):
     plans, answers = recorded
     stages = [Stage(demo_path, index, 2) for index in range(2)]
     handles = [stage.load().handle for stage in stages]
-    assert handles[0] == {}
-    for stage, next_handle in zip(stages, [handles[1], {}], strict=True):
+    for stage, next_handle in zip(stages, reversed(handles), strict=True):
         stage.start(next_handle)
         assert stage.posted[-1] == protocol.StageStarted(EPOCH, stage.config.stage_index)
-    messages = [protocol.Probe(EPOCH, "0->1", 99), *plans]
+    edges = ["0->1", "1->0"]
+    messages = [*(protocol.Probe(EPOCH, edge, 99) for edge in edges), *plans]
     first = threading.Thread(target=stages[0].run, args=messages, daemon=True)
     first.start()
-    report, *drawn = stages[1].run(*messages)
+    *reports, drawn = stages[1].run(*messages[:2]), stages[1].run(*plans)
     first.join(END_S)
-    for index, found in enumerate((stages[0].posted[-1], report)):
-        assert (found.stage_index, found.edge, found.path) == (index, "0->1", "host_shm")
-        assert found.is_ok, found.text
+    for index, found in enumerate((stages[0].posted[-2:], *reports)):
+        assert [report.edge for report in found] == edges
+        for report in found:
+            assert (report.stage_index, report.path) == (index, "host_shm")
+            assert report.is_ok, report.text
     assert drawn == answers
     for stage in stages:
         stats = stage.worker.stats()
@@ -166,6 +168,28 @@ def test_two_stages_probe_their_edge_and_serve(demo_path, recorded):
         assert stats.busy_ns > 0
         assert stats.peak_bytes > 2**20
     assert stages[1].worker.stats().wait_input_ns > 0
+
+
+def test_a_stage_that_waits_for_feedback_says_so_and_ends_when_closed(demo_path, recorded):
+    """Stage 1 does nothing: its tokens never come."""
+    plans, _ = recorded
+    stages = [Stage(demo_path, index, 2) for index in range(2)]
+    handles = [stage.load().handle for stage in stages]
+    stages[0].start(handles[1])
+    first_decode = next(execute.plan for execute in plans if execute.feedback >= 0)
+    thread = threading.Thread(target=stages[0].run, args=plans[: first_decode + 1], daemon=True)
+    thread.start()
+    deadline = time.monotonic() + END_S
+    while not (waiting_for := stages[0].worker.stats().waiting_for):
+        assert time.monotonic() < deadline
+        assert thread.is_alive()
+        time.sleep(0.001)
+    assert waiting_for.startswith("plan 0: stage 1 to write slot 0 of edge 1->0, for ")
+    assert stages[0].worker.stats().plan == first_decode - 1
+    stages[0].worker.close()
+    thread.join(END_S)
+    assert not thread.is_alive()
+    assert not [m for m in stages[0].posted if isinstance(m, protocol.StageFailed)]
 
 
 @pytest.mark.parametrize(
@@ -366,12 +390,13 @@ def test_two_stage_processes_serve_explain_a_wait_and_end_when_told(
     for index in range(2):
         coordinator.send(index, make_config(demo_path, index, 2))
     ready = sorted(coordinator.expect(protocol.StageReady, 2), key=lambda r: r.stage_index)
-    for index, handle in enumerate((ready[1].handle, {})):
+    for index, handle in enumerate((ready[1].handle, ready[0].handle)):
         coordinator.send(index, protocol.Start(EPOCH, NUM_BLOCKS, handle))
     coordinator.expect(protocol.StageStarted, 2)
-    for index in range(2):
-        coordinator.send(index, protocol.Probe(EPOCH, "0->1", 4))
-    assert all(report.is_ok for report in coordinator.expect(protocol.ProbeReport, 2))
+    for edge in ("0->1", "1->0"):
+        for index in range(2):
+            coordinator.send(index, protocol.Probe(EPOCH, edge, 4))
+    assert all(report.is_ok for report in coordinator.expect(protocol.ProbeReport, 4))
 
     for process in coordinator.processes:  # a Ctrl-C goes to the whole terminal
         os.kill(process.pid, signal.SIGINT)
