@@ -1,8 +1,8 @@
 """Sampler: the documented order against a slow oracle, rows on their own, state per slot."""
 
 import math
-import warnings
 import random
+import warnings
 
 import pytest
 import torch
