@@ -207,11 +207,11 @@ class Driver:
             assert oldest.slot >= 0, f"{oldest} was preempted, and is the oldest"
 
     def _check_rosters(self) -> None:
-        """The stages' rosters are those of the micro-batches, row by row."""
+        """The stages' rosters are those of the micro-batches, but for who is told to leave next."""
         for microbatch in self.scheduler._microbatches:
-            if microbatch.num_in_flight:
-                slots = [row.slot for row in microbatch.roster]
-                assert slots == self.stage.rosters[microbatch.index]
+            on_stages = self.stage.rosters.get(microbatch.index, [])
+            rows = [row.slot for row in microbatch.roster if row.roster_id == microbatch.index]
+            assert rows == [slot for slot in on_stages if slot not in microbatch.leaving]
 
     def _check_progress(self) -> None:
         """The oldest running sequence moves on by a token every ``2 * max_in_flight`` plans."""
