@@ -87,6 +87,7 @@ def run_once(num_stages: int) -> dict[str, Any]:
                 "devices": "cpu",
                 "cpu_threads": 1,
                 "max_in_flight": MAX_IN_FLIGHT,
+                "run_ahead": 0,  # so that the micro-batches are the same for any stages
             },
             "cache": {"memory_gib": 0.5, "prefix": False},
             "scheduler": {"max_sequences": NUM_REQUESTS},
