@@ -36,9 +36,9 @@ ARCHITECTURE = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-NUM_REQUESTS = 48
+NUM_REQUESTS = 96
 PROMPT_TOKENS = 32
-OUTPUT_TOKENS = 64
+OUTPUT_TOKENS = 32
 MAX_IN_FLIGHT = 3
 
 
