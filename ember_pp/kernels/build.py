@@ -33,6 +33,7 @@ CACHE_VARIABLE = "EMBER_KERNEL_CACHE"
 _FLAGS: Mapping[str, Any] = types.MappingProxyType(
     {"std": "c++17", "ptxas_options": ("-v",), "lineinfo": True}
 )
+_EPILOGUE = "\nusing namespace ember;\n"  # where expressions are looked up
 _MAGIC = b"ember-pp kernel 1\n"
 _UNUSED_SECONDS = 90 * 24 * 3600
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
@@ -130,12 +131,13 @@ def compile_kernel(kernel: KernelSource, architecture: int) -> Binary:
     compiler_version()  # says what to install, if need be
     from cuda.core import Program, ProgramOptions
 
-    log, name = io.StringIO(), f"ember::{kernel.expression}"
+    log, name = io.StringIO(), kernel.expression
     options = ProgramOptions(
         name=kernel.file, arch=f"sm_{architecture}", include_path=str(kernel.folder), **_FLAGS
     )
     try:
-        program = Program((kernel.folder / kernel.file).read_text("ascii"), "c++", options)
+        text = (kernel.folder / kernel.file).read_text("ascii") + _EPILOGUE
+        program = Program(text, "c++", options)
         built = program.compile("cubin", name_expressions=[name], logs=log)
     except Exception as error:  # noqa: BLE001  the types of cuda.core's errors are private
         raise KernelBuildError(
