@@ -37,7 +37,10 @@ _TILE = 16
 _DECODE_WARPS = 16
 """Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
 _DECODE_MIN_SHARE = 2
-"""Fewest tiles of a thread block: below that, adding parts costs more than it saves."""
+"""Fewest tiles of a warp: below that, adding parts costs more than it saves."""
+_DECODE_FEW_ROWS = 32
+"""Up to so many rows, the warps of a thread block share the tiles of one KV head, and add up
+what they have without going through memory; beyond, each has a head of its own."""
 _DECODE_FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -217,14 +220,14 @@ class CudaOps:
             return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
         query = query.contiguous()
         output = torch.empty_like(query)
-        warps = max(n for n in range(1, 9) if num_kv_heads % n == 0)
-        grid_y = num_kv_heads // warps
+        num_rows = len(rows.context_lens)
+        heads, splits = _decode_shape(num_rows, num_kv_heads)
+        warps, grid_y = heads * splits, num_kv_heads // heads
         grid_x = max(1, self._num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
         parts = self._parts(grid_x, query.shape[1], head_dim)
-        num_rows = len(rows.context_lens)
         assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
         kernel = self._kernel(
-            "paged_decode.cuh", f"paged_decode_kernel<{head_dim}, {warps}>", "9P6if0P"
+            "paged_decode.cuh", f"paged_decode_kernel<{head_dim}, {heads}, {splits}>", "9P6if0P"
         )
         arguments = (
             query.data_ptr(),
@@ -239,12 +242,12 @@ class CudaOps:
             num_kv_heads,
             group_size,
             (block_size // _TILE).bit_length() - 1,
-            _DECODE_MIN_SHARE,
+            _DECODE_MIN_SHARE * splits,
             scale * 1.4426950408889634,
         )
         if num_rows:
             kernel.launch(
-                (grid_x, grid_y), warps * _WARP, arguments, shared_bytes=4 * (num_rows + 2)
+                (grid_x, grid_y), warps * _WARP, arguments, shared_bytes=4 * (num_rows + 1)
             )
         return output
 
@@ -297,6 +300,13 @@ class _DecodeParts:
     def pointers(self) -> tuple[int, int, int]:
         """Addresses of parts, their sums, and counters."""
         return self._parts.data_ptr(), self._sums.data_ptr(), self._counters.data_ptr()
+
+
+def _decode_shape(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
+    """KV heads of a thread block, and warps that share each."""
+    if num_rows <= _DECODE_FEW_ROWS:
+        return 1, 8
+    return max(heads for heads in range(1, 9) if num_kv_heads % heads == 0), 1
 
 
 def _access_bytes(row_bytes: int, *tensors: Tensor) -> int:

@@ -42,8 +42,8 @@ struct DecodeArguments {
   const int* block_tables;
   const int* context_lens;
   bf16* output;
-  float* parts;       // [2 * blocks, K, G, d], a slot for a block's first and last row
-  float2* part_sums;  // [2 * blocks, K, G] maximum (base 2, scaled) and sum of weights
+  float* parts;        // [2 * blocks, K, G, d], a slot for a block's first and last row
+  float2* part_stats;  // [2 * blocks, K, G] maximum (base 2, scaled) and sum of weights
   int* counters;      // [R + 2 * ceil(blocks / kFanIn), K]
   int num_rows, table_stride, num_kv_heads, group_size;
   int block_shift;      // S = kTile << block_shift
@@ -52,6 +52,13 @@ struct DecodeArguments {
 };
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+/* threadIdx.x, read anew: what follows from it need not be kept in registers. */
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 
 __device__ __forceinline__ uint4 load_streamed(const bf16* address) {
   uint4 word;
@@ -98,8 +105,6 @@ struct Part {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[m][i] = 0.0f;
     }
-    max[0] = max[1] = minus_infinity();
-    weight[0] = weight[1] = 0.0f;
   }
 
   __device__ __forceinline__ void rescale(float by0, float by1) {
@@ -118,7 +123,7 @@ struct Part {
     for (int i = 0; i < 2; ++i) {
       const int head = 2 * t + i;
       if (head >= group_size) return;
-      const float inverse = 1.0f / weight[i];
+      const float inverse = __fdividef(1.0f, weight[i]);
 #pragma unroll
       for (int c = 0; c < kHeadDim / 64; ++c) {
         uint4 word;
@@ -131,91 +136,56 @@ struct Part {
     }
   }
 
-  /* To and from [G, d] fp32 and [G] pairs; reads bypass the first-level cache, since another
-   * multiprocessor wrote. */
-  __device__ __forceinline__ void publish(float* part, float2* sum, int group_size, int g,
-                                          int t) const {
+  /* To [G, d] fp32 and [G] pairs (maximum, weight), in global or shared memory. */
+  __device__ __forceinline__ void store(float* place, float2* stats, int group_size, int g,
+                                        int t) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int head = 2 * t + i;
       if (head >= group_size) return;
-      if (g == 0) sum[head] = make_float2(max[i], weight[i]);
+      if (g == 0) stats[head] = make_float2(max[i], weight[i]);
 #pragma unroll
       for (int c = 0; c < kHeadDim / 64; ++c) {
-        float4* place = reinterpret_cast<float4*>(part + head * kHeadDim + 64 * c + 8 * g);
-        place[0] = make_float4(sums[4 * c][i], sums[4 * c][2 + i], sums[4 * c + 1][i],
+        float4* words = reinterpret_cast<float4*>(place + head * kHeadDim + 64 * c + 8 * g);
+        words[0] = make_float4(sums[4 * c][i], sums[4 * c][2 + i], sums[4 * c + 1][i],
                                sums[4 * c + 1][2 + i]);
-        place[1] = make_float4(sums[4 * c + 2][i], sums[4 * c + 2][2 + i], sums[4 * c + 3][i],
+        words[1] = make_float4(sums[4 * c + 2][i], sums[4 * c + 2][2 + i], sums[4 * c + 3][i],
                                sums[4 * c + 3][2 + i]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add(const float* part, const float2* sum, int group_size, int g,
-                                      int t) {
-    float by[2] = {1.0f, 1.0f}, other_by[2] = {0.0f, 0.0f}, other_weight[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = 2 * t + i;
-      if (head >= group_size) continue;
-      const float2 other = __ldcg(sum + head);
-      const float new_max = fmaxf(max[i], other.x);
-      by[i] = exp2_fast(max[i] - new_max);
-      other_by[i] = exp2_fast(other.x - new_max);
-      max[i] = new_max;
-      other_weight[i] = other.y * other_by[i];
-    }
-    rescale(by[0], by[1]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = 2 * t + i;
-      if (head >= group_size) return;
-      weight[i] = weight[i] * by[i] + other_weight[i];
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 64; ++c) {
-        const float4* place =
-            reinterpret_cast<const float4*>(part + head * kHeadDim + 64 * c + 8 * g);
-        const float4 low = __ldcg(place), high = __ldcg(place + 1);
-        sums[4 * c][i] += low.x * other_by[i];
-        sums[4 * c][2 + i] += low.y * other_by[i];
-        sums[4 * c + 1][i] += low.z * other_by[i];
-        sums[4 * c + 1][2 + i] += low.w * other_by[i];
-        sums[4 * c + 2][i] += high.x * other_by[i];
-        sums[4 * c + 2][2 + i] += high.y * other_by[i];
-        sums[4 * c + 3][i] += high.z * other_by[i];
-        sums[4 * c + 3][2 + i] += high.w * other_by[i];
       }
     }
   }
 };
 
-/* Where a warp's tiles lie in the cache; block ids are read 32 tiles at a time. */
-struct TileFinder {
-  const int* block_table;  // of this row
-  int context_len, block_shift, block_ids, ids_from;
+/* What a warp works at: tiles begin, begin + kStep, .. below `end` of a row. Kept in shared
+ * memory and read anew at each use, since registers are what the loop over tiles is short of. */
+struct Segment {
+  int row, end, context_len;
+};
 
-  __device__ __forceinline__ TileFinder(const DecodeArguments& a, int row)
-      : block_table(a.block_tables + static_cast<i64>(row) * a.table_stride),
-        context_len(a.context_lens[row]),
-        block_shift(a.block_shift),
-        block_ids(0),
-        ids_from(-kWarpSize) {}
+/* Where a warp's tiles lie in the cache; block ids are read 32 at a time. */
+template <int kStep>
+struct TileFinder {
+  const volatile Segment& segment;
+  int block_ids = 0, ids_from = -kWarpSize * kStep;
+
+  __device__ __forceinline__ explicit TileFinder(const volatile Segment& of) : segment(of) {}
 
   /* First KV slot of a tile. Tiles are asked for in rising order. */
-  __device__ __forceinline__ i64 slot(int tile) {
-    if (tile >= ids_from + kWarpSize) {
+  __device__ __forceinline__ i64 slot(const DecodeArguments& a, int tile) {
+    if (tile >= ids_from + kWarpSize * kStep) {
       ids_from = tile;
-      const int lane = threadIdx.x % kWarpSize;
-      block_ids = block_table[min(tile + lane, (context_len - 1) / kTile) >> block_shift];
+      const int lane = thread_index() % kWarpSize, last_tile = (segment.context_len - 1) / kTile;
+      const int block = min(tile + lane * kStep, last_tile) >> a.block_shift;
+      block_ids = a.block_tables[static_cast<i64>(segment.row) * a.table_stride + block];
     }
-    const int block = __shfl_sync(kAllLanes, block_ids, tile - ids_from);
-    const int in_block = tile & ((1 << block_shift) - 1);
-    return static_cast<i64>((block << block_shift) + in_block) * kTile;
+    const int block = __shfl_sync(kAllLanes, block_ids, (tile - ids_from) / kStep);
+    const int in_block = tile & ((1 << a.block_shift) - 1);
+    return static_cast<i64>((block << a.block_shift) + in_block) * kTile;
   }
 
   /* Positions of a tile that the row has; the others are read at the last one it has. */
   __device__ __forceinline__ int num_valid(int tile) const {
-    return min(context_len - tile * kTile, kTile);
+    return min(segment.context_len - tile * kTile, kTile);
   }
 };
 
@@ -300,40 +270,53 @@ __device__ __forceinline__ float of_head(float x, int t, int i) {
   return __shfl_sync(kAllLanes, x, 8 * t + 4 * i);
 }
 
-/* Tiles [begin, end) of one row for KV head `kv_head`. `query` is this lane's own shared memory,
- * [d / 16] with a stride of a warp: registers are what this loop is short of. */
-template <int kHeadDim>
-__device__ __forceinline__ void attend(const DecodeArguments& a, int row, int kv_head, int begin,
-                                       int end, uint2* query, Part<kHeadDim>& part) {
+/* A block's warps have kHeads KV heads side by side, then the same again for the next split. */
+template <int kHeads>
+__device__ __forceinline__ int kv_head_of_warp() {
+  return blockIdx.y * kHeads + thread_index() / kWarpSize % kHeads;
+}
+
+/* The tiles of `segment` from `begin`, for the warp's KV head; there may be none. `queries` is
+ * shared memory of the warp, [d / 16, lanes]. */
+template <int kHeadDim, int kHeads, int kStep>
+__device__ __forceinline__ void attend(const DecodeArguments& a, const volatile Segment& segment,
+                                       int begin, uint2* queries, Part<kHeadDim>& part) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int row_stride = a.num_kv_heads * kHeadDim;
-  TileFinder finder(a, row);
-  i64 offset = finder.slot(begin) * row_stride + kv_head * kHeadDim;
+  part.clear();
+  part.max[0] = part.max[1] = minus_infinity();
+  part.weight[0] = part.weight[1] = 0.0f;
+  if (kStep > 1 && begin >= segment.end) return;
+  TileFinder<kStep> finder(segment);
+  const auto offset_of = [&](int tile) {
+    return finder.slot(a, tile) * row_stride + kv_head_of_warp<kHeads>() * kHeadDim;
+  };
+  i64 offset = offset_of(begin);
   KeyTile<kHeadDim> keys;
   ValueTile<kHeadDim> values;
   keys.load(a.k_cache + offset, row_stride, finder.num_valid(begin), g, t);
   values.load(a.v_cache + offset, row_stride, finder.num_valid(begin), g, t);
   const bool is_head = g < a.group_size;  // else a row of zeros
-  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size + g;
+  const i64 kv_head = static_cast<i64>(segment.row) * a.num_kv_heads + kv_head_of_warp<kHeads>();
+  const i64 head = kv_head * a.group_size + g;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
     const uint4* source =
         reinterpret_cast<const uint4*>(a.query + head * kHeadDim + 32 * c + 8 * t);
     const uint4 word = is_head ? *source : make_uint4(0, 0, 0, 0);
-    query[2 * c * kWarpSize] = make_uint2(word.x, word.y);
-    query[(2 * c + 1) * kWarpSize] = make_uint2(word.z, word.w);
+    queries[2 * c * kWarpSize + lane] = make_uint2(word.x, word.y);
+    queries[(2 * c + 1) * kWarpSize + lane] = make_uint2(word.z, word.w);
   }
-  part.clear();
   float max = minus_infinity(), weight = 0.0f;  // of head g; weight of this lane's positions
 #pragma unroll 1
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = begin; tile < segment.end; tile += kStep) {
     const int num_valid = finder.num_valid(tile);
     float scores[4];
-    keys.multiply(query, scores);
-    const bool has_next = tile + 1 < end;
+    keys.multiply(queries + thread_index() % kWarpSize, scores);
+    const bool has_next = tile + kStep < segment.end;
     if (has_next) {
-      offset = finder.slot(tile + 1) * row_stride + kv_head * kHeadDim;
-      keys.load(a.k_cache + offset, row_stride, finder.num_valid(tile + 1), g, t);
+      offset = offset_of(tile + kStep);
+      keys.load(a.k_cache + offset, row_stride, finder.num_valid(tile + kStep), g, t);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -351,7 +334,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, int row, int kv
     values.accumulate(pack_bf16(scores[0], scores[1]), pack_bf16(scores[2], scores[3]),
                       part.sums);
     if (has_next) {
-      values.load(a.v_cache + offset, row_stride, finder.num_valid(tile + 1), g, t);
+      values.load(a.v_cache + offset, row_stride, finder.num_valid(tile + kStep), g, t);
     }
   }
   weight += __shfl_xor_sync(kAllLanes, weight, 1);
@@ -375,73 +358,139 @@ struct RowShares {
   __device__ __forceinline__ int num_groups() const { return last / kFanIn - first / kFanIn + 1; }
 };
 
-/* True in the warp that arrives last of `expected`; it then sees what the others published. */
+/* What the kSplits warps of a KV head do together, one query head and 4 dimensions each thread
+ * and step: they add parts that lie in memory, each with the maximum and weight of its heads. */
+template <int kHeadDim, int kSplits>
+struct Merge {
+  static constexpr int kThreads = kSplits * kWarpSize;
+  static constexpr int kSteps = (8 * kHeadDim / 4 + kThreads - 1) / kThreads;
+  float4 sums[kSteps];
+  float2 stats[kSteps];
+
+  __device__ __forceinline__ static int head(int thread, int step) {
+    return (thread + step * kThreads) / (kHeadDim / 4);
+  }
+
+  /* `place(i)` is the row of part i's first head in `parts` [., d] and in `part_stats`. */
+  template <bool kIsShared, typename Place>
+  __device__ __forceinline__ void add(const float* parts, const float2* part_stats, Place place,
+                                      int count, int group_size, int thread) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      sums[step] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      stats[step] = make_float2(minus_infinity(), 0.0f);
+    }
+#pragma unroll(kSteps == 1 ? 8 : 2)
+    for (int i = 0; i < count; ++i) {
+      const auto first_head = place(i);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (head(thread, step) >= group_size) continue;
+        const float2* stat = part_stats + first_head + head(thread, step);
+        const float4* sum = reinterpret_cast<const float4*>(parts + first_head * kHeadDim) +
+                            thread + step * kThreads;
+        add_one(step, kIsShared ? *stat : __ldcg(stat), kIsShared ? *sum : __ldcg(sum));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_one(int step, float2 stat, float4 sum) {
+    const float max = fmaxf(stats[step].x, stat.x);
+    const float by = exp2_fast(stats[step].x - max), other_by = exp2_fast(stat.x - max);
+    stats[step] = make_float2(max, stats[step].y * by + stat.y * other_by);
+    sums[step].x = sums[step].x * by + sum.x * other_by;
+    sums[step].y = sums[step].y * by + sum.y * other_by;
+    sums[step].z = sums[step].z * by + sum.z * other_by;
+    sums[step].w = sums[step].w * by + sum.w * other_by;
+  }
+
+  __device__ __forceinline__ void store(float* place, float2* place_stats, int group_size,
+                                        int thread) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int element = thread + step * kThreads;
+      if (head(thread, step) >= group_size) continue;
+      reinterpret_cast<float4*>(place)[element] = sums[step];
+      if (element % (kHeadDim / 4) == 0) place_stats[head(thread, step)] = stats[step];
+    }
+  }
+
+  __device__ __forceinline__ void write(bf16* output, int group_size, int thread) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (head(thread, step) >= group_size) continue;
+      const float inverse = __fdividef(1.0f, stats[step].y);
+      const uint2 word = make_uint2(pack_bf16(sums[step].x * inverse, sums[step].y * inverse),
+                                    pack_bf16(sums[step].z * inverse, sums[step].w * inverse));
+      reinterpret_cast<uint2*>(output)[thread + step * kThreads] = word;
+    }
+  }
+};
+
+/* True for those who arrive last of `expected`; they then see what the others wrote. A warp
+ * comes alone (kSplits 1) or a whole block together. */
+template <int kSplits>
 __device__ __forceinline__ bool is_last_to_arrive(int* counter, int expected) {
-  __threadfence();
-  __syncwarp();
-  int before = 0;
-  if (threadIdx.x % kWarpSize == 0) {
-    before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);  // wraps to 0
+  u32 before = 0;
+  if constexpr (kSplits == 1) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) {
+      before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);  // wraps to 0
+    }
+    before = __shfl_sync(kAllLanes, before, 0);
+    __threadfence();
+  } else {
+    __shared__ u32 shared_before;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      shared_before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);
+      __threadfence();
+    }
+    __syncthreads();
+    before = shared_before;
+    __syncthreads();
   }
-  before = __shfl_sync(kAllLanes, before, 0);
-  __threadfence();
-  return before == expected - 1;
+  return before == static_cast<u32>(expected - 1);
 }
 
-/* The sum of `count` parts: the block `first`, then those at the next multiples of `step`. */
-template <int kHeadDim>
-__device__ __forceinline__ void add_parts(const DecodeArguments& a, const RowShares& shares,
-                                          int kv_head, int first, int step, int count,
-                                          Part<kHeadDim>& part) {
-  const int lane = threadIdx.x % kWarpSize;
-  part.clear();
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int block = i == 0 ? first : (first / step + i) * step;
-    const i64 head = (shares.slot(block) * a.num_kv_heads + kv_head) * a.group_size;
-    part.add(a.parts + head * kHeadDim, a.part_sums + head, a.group_size, lane / 4, lane % 4);
-  }
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ void publish(const DecodeArguments& a, i64 slot, int kv_head,
-                                        const Part<kHeadDim>& part) {
-  const int lane = threadIdx.x % kWarpSize;
-  const i64 head = (slot * a.num_kv_heads + kv_head) * a.group_size;
-  part.publish(a.parts + head * kHeadDim, a.part_sums + head, a.group_size, lane / 4, lane % 4);
-}
-
-template <int kHeadDim>
-__device__ __forceinline__ void write(const DecodeArguments& a, int row, int kv_head,
-                                      const Part<kHeadDim>& part) {
-  const int lane = threadIdx.x % kWarpSize;
-  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
-  part.write(a.output + head * kHeadDim, a.group_size, lane / 4, lane % 4);
-}
-
-/* After this block's part of a shared row was published: the last to come here writes the row.
- * Not inlined, so that its registers do not add to those of the loop over tiles. */
-template <int kHeadDim>
-__device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_head, int first,
-                                     int last) {
+/* After this block's part of a shared row was stored: the last to come here writes the row. Not
+ * inlined, so that its registers do not add to those of the loop over tiles. */
+template <int kHeadDim, int kSplits>
+__device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_head, int thread,
+                                     int first, int last) {
   const RowShares shares{first, last};
   const int group = blockIdx.x / kFanIn, num_groups = shares.num_groups();
-  int* row_counter = a.counters + row * a.num_kv_heads + kv_head;
+  const int num_counters = kSplits == 1 ? a.num_kv_heads : gridDim.y;
+  const int column = kSplits == 1 ? kv_head : blockIdx.y;
+  int* row_counter = a.counters + row * num_counters + column;
   int* counter = row_counter;
   if (num_groups > 1) {
     // A group has two rows at most that other groups share: one from before it, one beyond it.
     const int side = first < group * kFanIn ? 0 : 1;
-    counter = a.counters + (a.num_rows + 2 * group + side) * a.num_kv_heads + kv_head;
+    counter = a.counters + (a.num_rows + 2 * group + side) * num_counters + column;
   }
-  if (!is_last_to_arrive(counter, shares.num_in(group))) return;
-  Part<kHeadDim> part;
-  add_parts(a, shares, kv_head, shares.first_of(group), 1, shares.num_in(group), part);
+  const auto first_head = [&](int block) {
+    return (shares.slot(block) * a.num_kv_heads + kv_head) * a.group_size;
+  };
+  if (!is_last_to_arrive<kSplits>(counter, shares.num_in(group))) return;
+  Merge<kHeadDim, kSplits> merge;
+  const int first_block = shares.first_of(group);
+  merge.template add<false>(
+      a.parts, a.part_stats, [&](int i) { return first_head(first_block + i); },
+      shares.num_in(group), a.group_size, thread);
   if (num_groups > 1) {
-    publish(a, shares.slot(shares.first_of(group)), kv_head, part);
-    if (!is_last_to_arrive(row_counter, num_groups)) return;
-    add_parts(a, shares, kv_head, first, kFanIn, num_groups, part);
+    const i64 head = first_head(first_block);
+    merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
+    if (!is_last_to_arrive<kSplits>(row_counter, num_groups)) return;
+    merge.template add<false>(
+        a.parts, a.part_stats,
+        [&](int i) { return first_head(shares.first_of(first / kFanIn + i)); }, num_groups,
+        a.group_size, thread);
   }
-  write(a, row, kv_head, part);
+  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
+  merge.write(a.output + head * kHeadDim, a.group_size, thread);
 }
 
 /* ends[r + 1] = tiles of rows 0 .. r; ends[0] = 0. All threads of the block. */
@@ -488,21 +537,69 @@ __device__ __forceinline__ int row_of(const volatile int* ends, int num_rows, in
   return low;
 }
 
-template <int kHeadDim, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 16 / kWarps)
+/* What a warp has in shared memory: its queries while it attends, its sums [G, d] fp32 where
+ * other warps of the block share its KV head. */
+template <int kHeadDim, int kSplits>
+struct Scratch {
+  static constexpr int kQueryBytes = kHeadDim * kWarpSize / 16 * sizeof(uint2);
+  static constexpr int kSumBytes = 8 * kHeadDim * sizeof(float);
+  uint4 words[(kSplits == 1 ? kQueryBytes : kSumBytes) / sizeof(uint4)];
+};
+
+/* Where the rest of a row's way leads once a segment of it was computed. */
+template <int kHeadDim, int kHeads, int kSplits>
+__device__ __forceinline__ void finish(const DecodeArguments& a, int row, const RowShares& shares,
+                                       const Part<kHeadDim>& part,
+                                       Scratch<kHeadDim, kSplits>* scratch,
+                                       float2 (*scratch_stats)[8]) {
+  const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
+  const int thread = warp / kHeads * kWarpSize + lane;  // among those of the same KV head
+  const int kv_head = kv_head_of_warp<kHeads>();
+  const bool is_whole = shares.first == shares.last;
+  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
+  const i64 part_head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
+  bf16* output = a.output + head * kHeadDim;
+  float* place = a.parts + part_head * kHeadDim;
+  float2* stats = a.part_stats + part_head;
+  if constexpr (kSplits == 1) {
+    if (is_whole) return part.write(output, a.group_size, lane / 4, lane % 4);
+    part.store(place, stats, a.group_size, lane / 4, lane % 4);
+  } else {
+    __syncwarp();  // all lanes have read their queries
+    part.store(reinterpret_cast<float*>(scratch[warp].words), scratch_stats[warp], a.group_size,
+               lane / 4, lane % 4);
+    __syncthreads();
+    Merge<kHeadDim, kSplits> merge;  // the first split has a tile at least
+    merge.template add<true>(
+        reinterpret_cast<const float*>(scratch), scratch_stats[0],
+        [&](int i) { return (i * kHeads + warp % kHeads) * 8; }, kSplits, a.group_size, thread);
+    if (is_whole) {
+      merge.write(output, a.group_size, thread);
+    } else {
+      merge.store(place, stats, a.group_size, thread);
+    }
+    __syncthreads();  // before the next row's queries
+    if (is_whole) return;
+  }
+  combine<kHeadDim, kSplits>(a, row, kv_head, thread, shares.first, shares.last);
+}
+
+template <int kHeadDim, int kHeads, int kSplits>
+__global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSplits))
     paged_decode_kernel(const __grid_constant__ DecodeArguments a) {
-  extern __shared__ int shared_ends[];  // [R + 2], the last is the share of a block
-  __shared__ uint2 queries[kWarps][kHeadDim / 16][kWarpSize];
+  constexpr int kWarps = kHeads * kSplits;
+  extern __shared__ int shared_ends[];  // [R + 1]
+  __shared__ volatile int share;        // tiles of a block
+  __shared__ Scratch<kHeadDim, kSplits> scratch[kWarps];
+  __shared__ float2 scratch_stats[kWarps][8];
+  __shared__ volatile Segment segments[kWarps];
   scan_tiles<kWarps * kWarpSize>(a.context_lens, a.num_rows, shared_ends);
-  // Volatile: read again for each row, so as not to hold registers while one is computed.
   const volatile int* ends = shared_ends;
-  const volatile int& share = shared_ends[a.num_rows + 1];
   if (threadIdx.x == 0) {
     const int total = ends[a.num_rows], num_blocks = gridDim.x;
-    shared_ends[a.num_rows + 1] = max((total + num_blocks - 1) / num_blocks, a.min_share);
+    share = max((total + num_blocks - 1) / num_blocks, a.min_share);
   }
   __syncthreads();
-  const int kv_head = blockIdx.y * kWarps + threadIdx.x / kWarpSize;
   let_next_kernel_start();
   wait_for_previous_kernel();
   if (static_cast<int>(blockIdx.x) * share >= ends[a.num_rows]) return;
@@ -512,16 +609,23 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 16 / kWarps)
     const int begin = blockIdx.x * share, end = begin + share;
     if (row_begin >= end) break;
     if (row_begin == row_end) continue;  // padding
-    Part<kHeadDim> part;
-    attend(a, row, kv_head, max(begin, row_begin) - row_begin, min(end, row_end) - row_begin,
-           &queries[threadIdx.x / kWarpSize][0][threadIdx.x % kWarpSize], part);
-    const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
-    if (shares.first == shares.last) {
-      write(a, row, kv_head, part);
-    } else {
-      publish(a, shares.slot(blockIdx.x), kv_head, part);
-      combine<kHeadDim>(a, row, kv_head, shares.first, shares.last);
+    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
+    volatile Segment& segment = segments[warp];
+    __syncwarp();
+    if (lane == 0) {
+      segment.row = row;
+      segment.end = min(end, row_end) - row_begin;
+      segment.context_len = a.context_lens[row];
     }
+    __syncwarp();
+    Part<kHeadDim> part;
+    attend<kHeadDim, kHeads, kSplits>(a, segment,
+                                      max(begin, row_begin) - row_begin + warp / kHeads,
+                                      reinterpret_cast<uint2*>(scratch[warp].words), part);
+    row = segments[thread_index() / kWarpSize].row;
+    const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
+    finish<kHeadDim, kHeads, kSplits>(a, row, shares, part, scratch, scratch_stats);
+    row = segments[thread_index() / kWarpSize].row;
   }
 }
 
