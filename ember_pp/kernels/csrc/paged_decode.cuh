@@ -286,7 +286,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   part.clear();
   part.max[0] = part.max[1] = minus_infinity();
   part.weight[0] = part.weight[1] = 0.0f;
-  if (kStep > 1 && begin >= segment.end) return;
+  if (kStep > 1 && begin >= segment.end) return wait_for_previous_kernel();
   TileFinder<kStep> finder(segment);
   const auto offset_of = [&](int tile) {
     return finder.slot(a, tile) * row_stride + kv_head_of_warp<kHeads>() * kHeadDim;
@@ -294,8 +294,11 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   i64 offset = offset_of(begin);
   KeyTile<kHeadDim> keys;
   ValueTile<kHeadDim> values;
+  // The kernel before this one stores the newest position; older ones came in earlier steps.
+  if ((begin + 1) * kTile >= segment.context_len) wait_for_previous_kernel();
   keys.load(a.k_cache + offset, row_stride, finder.num_valid(begin), g, t);
   values.load(a.v_cache + offset, row_stride, finder.num_valid(begin), g, t);
+  wait_for_previous_kernel();
   const bool is_head = g < a.group_size;  // else a row of zeros
   const i64 kv_head = static_cast<i64>(segment.row) * a.num_kv_heads + kv_head_of_warp<kHeads>();
   const i64 head = kv_head * a.group_size + g;
@@ -601,8 +604,7 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  if (static_cast<int>(blockIdx.x) * share >= ends[a.num_rows]) return;
+  if (static_cast<int>(blockIdx.x) * share >= ends[a.num_rows]) return wait_for_previous_kernel();
 
   for (int row = row_of(ends, a.num_rows, blockIdx.x * share); row < a.num_rows; ++row) {
     const int row_begin = ends[row], row_end = ends[row + 1];
