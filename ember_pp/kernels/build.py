@@ -128,8 +128,8 @@ def compile_kernel(kernel: KernelSource, architecture: int) -> Binary:
         KernelBuildError: the compiler is missing or refused; names the file and the architecture
             and holds the compiler's log.
     """
-    compiler_version()  # says what to install, if need be
-    from cuda.core import Program, ProgramOptions
+    with _naming_the_extra():
+        from cuda.core import Program, ProgramOptions
 
     log, name = io.StringIO(), kernel.expression
     options = ProgramOptions(

@@ -36,11 +36,11 @@ _TILE = 16
 """Positions of a tile of ``paged_decode``."""
 _DECODE_WARPS = 16
 """Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
-_DECODE_MIN_SHARE = 2
+_DECODE_MIN_SHARE = 1
 """Fewest tiles of a warp: below that, adding parts costs more than it saves."""
-_DECODE_FEW_ROWS = 32
-"""Up to so many rows, the warps of a thread block share the tiles of one KV head, and add up
-what they have without going through memory; beyond, each has a head of its own."""
+_DECODE_FEW_ROWS = 16
+"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
+memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
 _DECODE_FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -306,7 +306,8 @@ def _decode_shape(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
     """KV heads of a thread block, and warps that share each."""
     if num_rows <= _DECODE_FEW_ROWS:
         return 1, 8
-    return max(heads for heads in range(1, 9) if num_kv_heads % heads == 0), 1
+    heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
+    return heads, 8 // heads
 
 
 def _access_bytes(row_bytes: int, *tensors: Tensor) -> int:

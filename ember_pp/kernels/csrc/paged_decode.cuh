@@ -10,16 +10,17 @@
  *            rounded to bf16 for the second product
  * Mapping    a *tile* is 16 positions of one row. The tiles of all rows, one row after another,
  *            are cut into equal shares, one per thread block, so one launch serves any mix of
- *            lengths. A warp has a KV head of its own: the warps of a block read neighbouring
- *            heads of the same positions, which lie side by side. Nothing goes through shared
- *            memory: a lane loads 16-byte pieces of K and V in just the places where the tensor
+ *            lengths. A block has kHeads neighbouring KV heads; kSplits warps take the tiles of
+ *            one in turn. In the loop over tiles nothing goes through shared memory but the
+ *            queries: a lane loads 16-byte pieces of K and V in just the places where the tensor
  *            core wants them (m16n8k16), and V's pairs of positions are put together by byte
  *            permutes. The first product gives its weights where the second wants them.
- *            Tile i + 1 is under way while tile i is computed
- * Combine    a row that several blocks share: each writes its part (unnormalised sum, maximum,
- *            weight) to `parts`; the last to arrive at the row's counter adds the parts in their
- *            order, so equal inputs give equal bits. Beyond 16 blocks in two levels. Counters
- *            are 0 before and after
+ *            Tile i + 1 is under way while tile i is computed. Old positions are read before
+ *            the wait for the previous kernel, which stores the newest one only
+ * Combine    the warps of a head add what they have in shared memory. A row that several blocks
+ *            share: each writes its part (unnormalised sum, maximum, weight) to `parts`; the last
+ *            to arrive at the row's counter adds the parts in their order, so equal inputs give
+ *            equal bits. Beyond 16 blocks in two levels. Counters are 0 before and after
  * Requires   d 64 or 128, G <= 8, S one of 16, 32, .. 256, 16-byte rows,
  *            fewer than 2^31 tiles in the cache
  * Bound      memory: sum_r L_r * 2 * K * d * 2 bytes
@@ -44,7 +45,7 @@ struct DecodeArguments {
   bf16* output;
   float* parts;        // [2 * blocks, K, G, d], a slot for a block's first and last row
   float2* part_stats;  // [2 * blocks, K, G] maximum (base 2, scaled) and sum of weights
-  int* counters;      // [R + 2 * ceil(blocks / kFanIn), K]
+  int* counters;       // [R + 2 * ceil(blocks / kFanIn), blocks in y]
   int num_rows, table_stride, num_kv_heads, group_size;
   int block_shift;      // S = kTile << block_shift
   int min_share;        // fewest tiles of a thread block
@@ -117,26 +118,7 @@ struct Part {
     }
   }
 
-  /* To [G, d] bf16, divided by the weights. */
-  __device__ __forceinline__ void write(bf16* output, int group_size, int g, int t) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int head = 2 * t + i;
-      if (head >= group_size) return;
-      const float inverse = __fdividef(1.0f, weight[i]);
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 64; ++c) {
-        uint4 word;
-        word.x = pack_bf16(sums[4 * c][i] * inverse, sums[4 * c][2 + i] * inverse);
-        word.y = pack_bf16(sums[4 * c + 1][i] * inverse, sums[4 * c + 1][2 + i] * inverse);
-        word.z = pack_bf16(sums[4 * c + 2][i] * inverse, sums[4 * c + 2][2 + i] * inverse);
-        word.w = pack_bf16(sums[4 * c + 3][i] * inverse, sums[4 * c + 3][2 + i] * inverse);
-        *reinterpret_cast<uint4*>(output + head * kHeadDim + 64 * c + 8 * g) = word;
-      }
-    }
-  }
-
-  /* To [G, d] fp32 and [G] pairs (maximum, weight), in global or shared memory. */
+  /* To [G, d] fp32 and [G] pairs (maximum, weight). */
   __device__ __forceinline__ void store(float* place, float2* stats, int group_size, int g,
                                         int t) const {
 #pragma unroll
@@ -286,7 +268,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   part.clear();
   part.max[0] = part.max[1] = minus_infinity();
   part.weight[0] = part.weight[1] = 0.0f;
-  if (kStep > 1 && begin >= segment.end) return wait_for_previous_kernel();
+  if (begin >= segment.end) return wait_for_previous_kernel();
   TileFinder<kStep> finder(segment);
   const auto offset_of = [&](int tile) {
     return finder.slot(a, tile) * row_stride + kv_head_of_warp<kHeads>() * kHeadDim;
@@ -430,32 +412,19 @@ struct Merge {
   }
 };
 
-/* True for those who arrive last of `expected`; they then see what the others wrote. A warp
- * comes alone (kSplits 1) or a whole block together. */
-template <int kSplits>
+/* True in the block that arrives last of `expected`; it then sees what the others wrote. */
 __device__ __forceinline__ bool is_last_to_arrive(int* counter, int expected) {
-  u32 before = 0;
-  if constexpr (kSplits == 1) {
+  __shared__ u32 before;
+  __syncthreads();
+  if (threadIdx.x == 0) {
     __threadfence();
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) {
-      before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);  // wraps to 0
-    }
-    before = __shfl_sync(kAllLanes, before, 0);
+    before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);  // wraps to 0
     __threadfence();
-  } else {
-    __shared__ u32 shared_before;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      shared_before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);
-      __threadfence();
-    }
-    __syncthreads();
-    before = shared_before;
-    __syncthreads();
   }
-  return before == static_cast<u32>(expected - 1);
+  __syncthreads();
+  const bool is_last = before == static_cast<u32>(expected - 1);
+  __syncthreads();  // before `before` is written again
+  return is_last;
 }
 
 /* After this block's part of a shared row was stored: the last to come here writes the row. Not
@@ -465,19 +434,17 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_h
                                      int first, int last) {
   const RowShares shares{first, last};
   const int group = blockIdx.x / kFanIn, num_groups = shares.num_groups();
-  const int num_counters = kSplits == 1 ? a.num_kv_heads : gridDim.y;
-  const int column = kSplits == 1 ? kv_head : blockIdx.y;
-  int* row_counter = a.counters + row * num_counters + column;
+  int* row_counter = a.counters + row * gridDim.y + blockIdx.y;
   int* counter = row_counter;
   if (num_groups > 1) {
     // A group has two rows at most that other groups share: one from before it, one beyond it.
     const int side = first < group * kFanIn ? 0 : 1;
-    counter = a.counters + (a.num_rows + 2 * group + side) * num_counters + column;
+    counter = a.counters + (a.num_rows + 2 * group + side) * gridDim.y + blockIdx.y;
   }
   const auto first_head = [&](int block) {
     return (shares.slot(block) * a.num_kv_heads + kv_head) * a.group_size;
   };
-  if (!is_last_to_arrive<kSplits>(counter, shares.num_in(group))) return;
+  if (!is_last_to_arrive(counter, shares.num_in(group))) return;
   Merge<kHeadDim, kSplits> merge;
   const int first_block = shares.first_of(group);
   merge.template add<false>(
@@ -486,7 +453,7 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_h
   if (num_groups > 1) {
     const i64 head = first_head(first_block);
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    if (!is_last_to_arrive<kSplits>(row_counter, num_groups)) return;
+    if (!is_last_to_arrive(row_counter, num_groups)) return;
     merge.template add<false>(
         a.parts, a.part_stats,
         [&](int i) { return first_head(shares.first_of(first / kFanIn + i)); }, num_groups,
@@ -540,51 +507,39 @@ __device__ __forceinline__ int row_of(const volatile int* ends, int num_rows, in
   return low;
 }
 
-/* What a warp has in shared memory: its queries while it attends, its sums [G, d] fp32 where
- * other warps of the block share its KV head. */
-template <int kHeadDim, int kSplits>
+/* What a warp has in shared memory: its queries while it attends, after that its sums,
+ * [8, d] fp32, and their maxima and weights. */
+template <int kHeadDim, int kWarps>
 struct Scratch {
-  static constexpr int kQueryBytes = kHeadDim * kWarpSize / 16 * sizeof(uint2);
-  static constexpr int kSumBytes = 8 * kHeadDim * sizeof(float);
-  uint4 words[(kSplits == 1 ? kQueryBytes : kSumBytes) / sizeof(uint4)];
+  uint4 words[kWarps][8 * kHeadDim * sizeof(float) / sizeof(uint4)];
+  float2 stats[kWarps][8];
 };
 
-/* Where the rest of a row's way leads once a segment of it was computed. */
+/* Add what the warps of a KV head have; the result is the row's output, or a part of it. */
 template <int kHeadDim, int kHeads, int kSplits>
 __device__ __forceinline__ void finish(const DecodeArguments& a, int row, const RowShares& shares,
                                        const Part<kHeadDim>& part,
-                                       Scratch<kHeadDim, kSplits>* scratch,
-                                       float2 (*scratch_stats)[8]) {
+                                       Scratch<kHeadDim, kHeads * kSplits>& scratch) {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int thread = warp / kHeads * kWarpSize + lane;  // among those of the same KV head
   const int kv_head = kv_head_of_warp<kHeads>();
-  const bool is_whole = shares.first == shares.last;
-  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
-  const i64 part_head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
-  bf16* output = a.output + head * kHeadDim;
-  float* place = a.parts + part_head * kHeadDim;
-  float2* stats = a.part_stats + part_head;
-  if constexpr (kSplits == 1) {
-    if (is_whole) return part.write(output, a.group_size, lane / 4, lane % 4);
-    part.store(place, stats, a.group_size, lane / 4, lane % 4);
-  } else {
-    __syncwarp();  // all lanes have read their queries
-    part.store(reinterpret_cast<float*>(scratch[warp].words), scratch_stats[warp], a.group_size,
-               lane / 4, lane % 4);
-    __syncthreads();
-    Merge<kHeadDim, kSplits> merge;  // the first split has a tile at least
-    merge.template add<true>(
-        reinterpret_cast<const float*>(scratch), scratch_stats[0],
-        [&](int i) { return (i * kHeads + warp % kHeads) * 8; }, kSplits, a.group_size, thread);
-    if (is_whole) {
-      merge.write(output, a.group_size, thread);
-    } else {
-      merge.store(place, stats, a.group_size, thread);
-    }
+  __syncwarp();  // all lanes have read their queries
+  part.store(reinterpret_cast<float*>(scratch.words[warp]), scratch.stats[warp], a.group_size,
+             lane / 4, lane % 4);
+  __syncthreads();
+  Merge<kHeadDim, kSplits> merge;  // the first split has a tile at least
+  merge.template add<true>(
+      reinterpret_cast<const float*>(scratch.words), scratch.stats[0],
+      [&](int i) { return (i * kHeads + warp % kHeads) * 8; }, kSplits, a.group_size, thread);
+  if (shares.first == shares.last) {
+    const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
+    merge.write(a.output + head * kHeadDim, a.group_size, thread);
     __syncthreads();  // before the next row's queries
-    if (is_whole) return;
+  } else {
+    const i64 head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
+    merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
+    combine<kHeadDim, kSplits>(a, row, kv_head, thread, shares.first, shares.last);
   }
-  combine<kHeadDim, kSplits>(a, row, kv_head, thread, shares.first, shares.last);
 }
 
 template <int kHeadDim, int kHeads, int kSplits>
@@ -593,8 +548,7 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
   constexpr int kWarps = kHeads * kSplits;
   extern __shared__ int shared_ends[];  // [R + 1]
   __shared__ volatile int share;        // tiles of a block
-  __shared__ Scratch<kHeadDim, kSplits> scratch[kWarps];
-  __shared__ float2 scratch_stats[kWarps][8];
+  __shared__ Scratch<kHeadDim, kWarps> scratch;
   __shared__ volatile Segment segments[kWarps];
   scan_tiles<kWarps * kWarpSize>(a.context_lens, a.num_rows, shared_ends);
   const volatile int* ends = shared_ends;
@@ -623,10 +577,10 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
     Part<kHeadDim> part;
     attend<kHeadDim, kHeads, kSplits>(a, segment,
                                       max(begin, row_begin) - row_begin + warp / kHeads,
-                                      reinterpret_cast<uint2*>(scratch[warp].words), part);
+                                      reinterpret_cast<uint2*>(scratch.words[warp]), part);
     row = segments[thread_index() / kWarpSize].row;
     const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
-    finish<kHeadDim, kHeads, kSplits>(a, row, shares, part, scratch, scratch_stats);
+    finish<kHeadDim, kHeads, kSplits>(a, row, shares, part, scratch);
     row = segments[thread_index() / kWarpSize].row;
   }
 }
