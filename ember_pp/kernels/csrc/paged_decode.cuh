@@ -34,7 +34,6 @@
 namespace ember {
 
 constexpr int kTile = 16;   // positions
-constexpr int kAhead = 1;   // tiles on their way to the second-level cache
 constexpr int kFanIn = 16;  // parts that one warp adds
 
 struct DecodeArguments {
@@ -166,15 +165,6 @@ struct TileFinder {
     return static_cast<i64>((block << a.block_shift) + in_block) * kTile;
   }
 
-  /* As `slot`, of a tile whose block id was read already; negative if it was not. */
-  __device__ __forceinline__ i64 known_slot(const DecodeArguments& a, int tile) const {
-    const int index = (tile - ids_from) / kStep;
-    if (index >= kWarpSize) return -1;
-    const int block = __shfl_sync(kAllLanes, block_ids, index);
-    const int in_block = tile & ((1 << a.block_shift) - 1);
-    return static_cast<i64>((block << a.block_shift) + in_block) * kTile;
-  }
-
   /* Positions of a tile that the row has; the others are read at the last one it has. */
   __device__ __forceinline__ int num_valid(int tile) const {
     return min(segment.context_len - tile * kTile, kTile);
@@ -251,20 +241,6 @@ struct ValueTile {
   }
 };
 
-/* Ask for a tile's keys and values to come to the second-level cache. */
-template <int kHeadDim>
-__device__ __forceinline__ void prefetch(const DecodeArguments& a, i64 offset, int row_stride) {
-  const int lane = thread_index() % kWarpSize;
-  offset += (lane % kTile) * row_stride;
-  if constexpr (kHeadDim == 128) {
-    offset += lane / kTile * 64;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.k_cache + offset));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(a.v_cache + offset));
-  } else {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"((lane < kTile ? a.k_cache : a.v_cache) + offset));
-  }
-}
-
 /* A query head's row of scores lies in 4 lanes. */
 __device__ __forceinline__ float head_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
@@ -304,14 +280,6 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   if ((begin + 1) * kTile >= segment.context_len) wait_for_previous_kernel();
   keys.load(a.k_cache + offset, row_stride, finder.num_valid(begin), g, t);
   values.load(a.v_cache + offset, row_stride, finder.num_valid(begin), g, t);
-  const auto prefetch_tile = [&](int tile) {
-    if (tile >= segment.end) return;
-    const i64 slot = finder.known_slot(a, tile);
-    if (slot < 0) return;
-    prefetch<kHeadDim>(a, slot * row_stride + kv_head_of_warp<kHeads>() * kHeadDim, row_stride);
-  };
-#pragma unroll
-  for (int i = 1; i <= kAhead; ++i) prefetch_tile(begin + i * kStep);
   wait_for_previous_kernel();
   const bool is_head = g < a.group_size;  // else a row of zeros
   const i64 kv_head = static_cast<i64>(segment.row) * a.num_kv_heads + kv_head_of_warp<kHeads>();
@@ -334,7 +302,6 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
     if (has_next) {
       offset = offset_of(tile + kStep);
       keys.load(a.k_cache + offset, row_stride, finder.num_valid(tile + kStep), g, t);
-      if (kAhead > 0) prefetch_tile(tile + (kAhead + 1) * kStep);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
