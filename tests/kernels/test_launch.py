@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ember_pp.errors import KernelLaunchError
-from ember_pp.kernels import build
+from ember_pp.kernels import PagedRows, RopeRows, build, make_ops
 from ember_pp.kernels.build import KernelSource
 from ember_pp.kernels.launch import Kernel, capability
+from numeric import assert_bitwise_equal
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +76,51 @@ def test_a_captured_launch_keeps_its_arguments(scale: Kernel) -> None:
         graph.replay()
     assert torch.equal(x.cpu(), torch.full((100,), 7.0))
     assert torch.equal(y.cpu(), torch.tensor([15.0] * 50 + [0.0] * 50))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 64])
+def test_attention_in_a_graph_sees_what_the_kernel_before_it_stored(num_rows: int) -> None:
+    """A long kernel first: those after it start early, and must wait for one another."""
+    ops, head_dim, num_heads, num_kv_heads = make_ops("cuda", DEVICE), 128, 16, 8
+    long, qkv = (
+        torch.randn(rows, width, device=DEVICE).bfloat16()
+        for rows, width in ((20000, 4096), (num_rows, (num_heads + 2 * num_kv_heads) * head_dim))
+    )
+    caches = torch.randn(2, 4 * num_rows, 16, num_kv_heads, head_dim, device=DEVICE).bfloat16()
+    tables = torch.arange(4 * num_rows, device=DEVICE, dtype=torch.int32).view(num_rows, 4)
+    rows = PagedRows(
+        block_tables=tables,
+        context_lens=torch.full((num_rows,), 50, device=DEVICE, dtype=torch.int32),
+        cu_seqlens_q=torch.arange(num_rows + 1, device=DEVICE, dtype=torch.int32),
+        num_tokens=num_rows,
+        max_query_len=1,
+        block_size=16,
+        dtype=torch.bfloat16,
+    )
+    positions = torch.full((num_rows,), 49, device=DEVICE)
+    rope = RopeRows(torch.randn(64, head_dim, device=DEVICE), positions)
+    slots = tables[:, 3].long() * 16 + 1
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-6}
+
+    def step() -> tuple[Tensor, Tensor]:
+        ops.add_rms_norm(long, long, long[0], 1e-6)
+        query = ops.qk_norm_rope_store_kv(qkv, None, None, rope, *caches, slots, **heads)
+        return query, ops.paged_attention(query, *caches, rows, scale=0.3)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        query, output = step()
+    for _ in range(20):
+        qkv.normal_()
+        caches.view(2, -1, num_kv_heads, head_dim)[:, slots] = float("nan")
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = ops.paged_attention(query, *caches, rows, scale=0.3)
+        assert bool(expected.isfinite().all())
+        assert_bitwise_equal(output, expected)
 
 
 def test_a_refused_launch_says_why(scale: Kernel) -> None:

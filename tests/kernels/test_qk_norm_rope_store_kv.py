@@ -16,7 +16,7 @@ from conftest import BLOCK_SIZE, UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import Ops, RopeRows
 from kernel_backends import BACKENDS, cpu_ops, open_backend
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
+from numeric import assert_bitwise_equal, assert_close, assert_rounded_alike, sum_tolerance
 
 NUM_HEADS, NUM_KV_HEADS, EPS = 6, 2, 1e-6
 NUM_BLOCKS, NUM_POSITIONS = 8, 300
@@ -134,6 +134,17 @@ def test_turns_queries_and_stores_keys_and_values(
         assert_bitwise_equal(value, expected_value[is_stored].to(dtype), "value")
         assert query.dtype == dtype
         assert query.stride(-1) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_sum_norm_and_product(backend: str) -> None:
+    """Without rotation: all tokens stand at an angle of 0."""
+    ops, device = open_backend(backend)
+    case = make_case(37, head_dim=128, dtype=torch.bfloat16, device=device)
+    case.angles.zero_()
+    case.arguments["rope"].table[:] = torch.tensor([1.0] * 64 + [0.0] * 64, device=device)
+    query = case.run(ops)
+    assert_rounded_alike(query, case.heads()[0].to(torch.bfloat16))
 
 
 REJECTED: dict[str, tuple[dict[str, Tensor], str]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from kernel_backends import BACKENDS, cpu_ops, open_backend
-from numeric import assert_close, sum_tolerance
+from numeric import assert_close, assert_rounded_alike, sum_tolerance
 
 EPS = 1e-5
 WIDTHS = (1, 97, 136, 1024, 5120, 8199)
@@ -39,6 +39,16 @@ def test_divides_by_the_root_mean_square(
 
     assert output.dtype == dtype
     assert_close(output, expected_rms_norm(input, weight), sum_tolerance(dtype, width))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_before_the_weight_multiplies(backend: str) -> None:
+    ops, device = open_backend(backend)
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(7, 1024, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(1024, generator=generator).to(device, torch.bfloat16)
+    expected = expected_rms_norm(input, weight).to(torch.bfloat16)
+    assert_rounded_alike(ops.rms_norm(input, weight, EPS), expected)
 
 
 def test_large_bf16_values_do_not_overflow_and_tiny_ones_are_damped_by_eps() -> None:

@@ -8,7 +8,7 @@ import torch
 from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
 from kernel_backends import BACKENDS, cpu_ops, open_backend
-from numeric import assert_close, sum_tolerance
+from numeric import assert_close, assert_rounded_alike, sum_tolerance
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -27,6 +27,16 @@ def test_gates_the_second_half_by_the_first(
     gate, up = gate_up[:, :width].double(), gate_up[:, width:].double()
     assert output.dtype == dtype
     assert_close(output, gate / (1 + (-gate).exp()) * up, sum_tolerance(dtype, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_silu_before_the_product(backend: str) -> None:
+    ops, device = open_backend(backend)
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(7, 2048, generator=generator).mul(2).to(device, torch.bfloat16)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    silu = (gate / (1 + (-gate).exp())).to(torch.bfloat16)
+    assert_rounded_alike(ops.swiglu(gate_up), (silu.double() * up).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(

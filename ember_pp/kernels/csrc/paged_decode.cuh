@@ -24,7 +24,10 @@
  * Requires   d 64 or 128, G <= 8, S one of 16, 32, .. 256, 16-byte rows,
  *            fewer than 2^31 tiles in the cache
  * Bound      memory: sum_r L_r * 2 * K * d * 2 bytes
- * Tried      nothing else yet
+ * Tried      a head for each of 8 warps, without shared memory: slower for few rows, whose parts
+ *            then meet in memory, and no faster for many; asking for the tiles after the next to
+ *            come to the second-level cache (1 to 4 of them): slower wherever memory is the
+ *            bound, the more the further ahead; adding up to 64 parts in one level: slower
  * Test       tests/kernels/test_paged_attention.py          Bench  python -m benchmarks.kernels
  * Source     own; paging: Kwon et al., SOSP 2023; equal shares: Stream-K, Osama et al., 2023;
  *            the split with a later sum: Flash-Decoding, Dao et al., 2023
@@ -165,7 +168,7 @@ struct TileFinder {
     return static_cast<i64>((block << a.block_shift) + in_block) * kTile;
   }
 
-  /* Positions of a tile that the row has; the others are read at the last one it has. */
+  /* Positions of a tile that the row has. */
   __device__ __forceinline__ int num_valid(int tile) const {
     return min(segment.context_len - tile * kTile, kTile);
   }
@@ -176,11 +179,11 @@ template <int kHeadDim>
 struct KeyTile {
   uint4 words[2][kHeadDim / 32];
 
-  __device__ __forceinline__ void load(const bf16* tile, int row_stride, int num_valid, int g,
-                                       int t) {
+  /* Positions beyond the context have scores that are thrown away, whatever is read here. */
+  __device__ __forceinline__ void load(const bf16* tile, int row_stride, int g, int t) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bf16* row = tile + min(g + 8 * i, num_valid - 1) * row_stride;
+      const bf16* row = tile + static_cast<u32>((g + 8 * i) * row_stride);
 #pragma unroll
       for (int c = 0; c < kHeadDim / 32; ++c) words[i][c] = load_streamed(row + 32 * c + 8 * t);
     }
@@ -212,6 +215,7 @@ template <int kHeadDim>
 struct ValueTile {
   uint4 words[4][kHeadDim / 64];
 
+  /* A weight of 0 does not undo a NaN: beyond the context, the last position is read again. */
   __device__ __forceinline__ void load(const bf16* tile, int row_stride, int num_valid, int g,
                                        int t) {
 #pragma unroll
@@ -278,7 +282,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   ValueTile<kHeadDim> values;
   // The kernel before this one stores the newest position; older ones came in earlier steps.
   if ((begin + 1) * kTile >= segment.context_len) wait_for_previous_kernel();
-  keys.load(a.k_cache + offset, row_stride, finder.num_valid(begin), g, t);
+  keys.load(a.k_cache + offset, row_stride, g, t);
   values.load(a.v_cache + offset, row_stride, finder.num_valid(begin), g, t);
   wait_for_previous_kernel();
   const bool is_head = g < a.group_size;  // else a row of zeros
@@ -301,7 +305,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
     const bool has_next = tile + kStep < segment.end;
     if (has_next) {
       offset = offset_of(tile + kStep);
-      keys.load(a.k_cache + offset, row_stride, finder.num_valid(tile + kStep), g, t);
+      keys.load(a.k_cache + offset, row_stride, g, t);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
