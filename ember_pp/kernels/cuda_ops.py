@@ -39,8 +39,9 @@ _DECODE_WARPS = 16
 _DECODE_MIN_SHARE = 1
 """Fewest tiles of a warp: below that, adding parts costs more than it saves."""
 _DECODE_FEW_ROWS = 16
-"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
-memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
+"""Up to so many rows all warps of a thread block, as many as there is shared memory for, take tiles
+of one KV head: parts that meet in memory are fewer. Beyond, up to four neighbouring heads are read
+side by side."""
 _DECODE_FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -221,13 +222,15 @@ class CudaOps:
         query = query.contiguous()
         output = torch.empty_like(query)
         num_rows = len(rows.context_lens)
-        heads, splits = _decode_shape(num_rows, num_kv_heads)
+        heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
         warps, grid_y = heads * splits, num_kv_heads // heads
         grid_x = max(1, self._num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
         parts = self._parts(grid_x, query.shape[1], head_dim)
         assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
         kernel = self._kernel(
-            "paged_decode.cuh", f"paged_decode_kernel<{head_dim}, {heads}, {splits}>", "9P6if0P"
+            "paged_decode.cuh",
+            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
+            "9P6if0P",
         )
         arguments = (
             query.data_ptr(),
@@ -302,12 +305,13 @@ class _DecodeParts:
         return self._parts.data_ptr(), self._sums.data_ptr(), self._counters.data_ptr()
 
 
-def _decode_shape(num_rows: int, num_kv_heads: int) -> tuple[int, int]:
-    """KV heads of a thread block, and warps that share each."""
+def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[int, int, int]:
+    """KV heads of a thread block, warps that share each, query heads that there is room for."""
+    group = 4 if group_size <= 4 else 8
     if num_rows <= _DECODE_FEW_ROWS:
-        return 1, 8
+        return 1, 64 // group, group
     heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
-    return heads, 8 // heads
+    return heads, 8 // heads, group
 
 
 def _access_bytes(row_bytes: int, *tensors: Tensor) -> int:

@@ -275,10 +275,12 @@ HOT = [
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<bf16, 64, 8, false, true>"),
     ("swiglu.cuh", "swiglu_kernel<bf16, 8>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
-    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8>"),
-    ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2>"),
-    ("paged_decode.cuh", "paged_decode_kernel<64, 1, 8>"),
-    ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 8>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 8>"),
+    ("paged_decode.cuh", "paged_decode_kernel<64, 1, 16, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2, 4>"),
 ]
 OTHERS = [
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
@@ -286,7 +288,7 @@ OTHERS = [
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 1, 8, true>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<float, 24, 4, true, true>"),
     ("swiglu.cuh", "swiglu_kernel<float, 1>"),
-    ("paged_decode.cuh", "paged_decode_kernel<128, 3, 2>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 3, 2, 8>"),
 ]
 
 

@@ -21,7 +21,7 @@
  *            share: each writes its part (unnormalised sum, maximum, weight) to `parts`; the last
  *            to arrive at the row's counter adds the parts in their order, so equal inputs give
  *            equal bits. Beyond 16 blocks in two levels. Counters are 0 before and after
- * Requires   d 64 or 128, G <= 8, S one of 16, 32, .. 256, 16-byte rows,
+ * Requires   d 64 or 128, G <= kGroup <= 8, S one of 16, 32, .. 256, 16-byte rows,
  *            fewer than 2^31 tiles in the cache
  * Bound      memory: sum_r L_r * 2 * K * d * 2 bytes
  * Tried      a head for each of 8 warps, without shared memory: slower for few rows, whose parts
@@ -348,11 +348,12 @@ struct RowShares {
 };
 
 /* What the kSplits warps of a KV head do together, one query head and 4 dimensions each thread
- * and step: they add parts that lie in memory, each with the maximum and weight of its heads. */
-template <int kHeadDim, int kSplits>
+ * and step: they add parts that lie in memory, each with the maximum and weight of its heads, up
+ * to kGroup. */
+template <int kHeadDim, int kSplits, int kGroup>
 struct Merge {
   static constexpr int kThreads = kSplits * kWarpSize;
-  static constexpr int kSteps = (8 * kHeadDim / 4 + kThreads - 1) / kThreads;
+  static constexpr int kSteps = (kGroup * kHeadDim / 4 + kThreads - 1) / kThreads;
   float4 sums[kSteps];
   float2 stats[kSteps];
 
@@ -433,7 +434,7 @@ __device__ __forceinline__ bool is_last_to_arrive(int* counter, int expected) {
 
 /* After this block's part of a shared row was stored: the last to come here writes the row. Not
  * inlined, so that its registers do not add to those of the loop over tiles. */
-template <int kHeadDim, int kSplits>
+template <int kHeadDim, int kSplits, int kGroup>
 __device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_head, int thread,
                                      int first, int last) {
   const RowShares shares{first, last};
@@ -449,7 +450,7 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_h
     return (shares.slot(block) * a.num_kv_heads + kv_head) * a.group_size;
   };
   if (!is_last_to_arrive(counter, shares.num_in(group))) return;
-  Merge<kHeadDim, kSplits> merge;
+  Merge<kHeadDim, kSplits, kGroup> merge;
   const int first_block = shares.first_of(group);
   merge.template add<false>(
       a.parts, a.part_stats, [&](int i) { return first_head(first_block + i); },
@@ -511,19 +512,20 @@ __device__ __forceinline__ int row_of(const volatile int* ends, int num_rows, in
   return low;
 }
 
-/* What a warp has in shared memory: its queries while it attends, after that its sums,
- * [8, d] fp32, and their maxima and weights. */
-template <int kHeadDim, int kWarps>
+/* What a warp has in shared memory: its queries [8, d] bf16 while it attends, after that its sums
+ * [kGroup, d] fp32, and their maxima and weights. */
+template <int kHeadDim, int kWarps, int kGroup>
 struct Scratch {
-  uint4 words[kWarps][8 * kHeadDim * sizeof(float) / sizeof(uint4)];
-  float2 stats[kWarps][8];
+  static_assert(kGroup >= 4, "room for the queries");
+  uint4 words[kWarps][kGroup * kHeadDim * sizeof(float) / sizeof(uint4)];
+  float2 stats[kWarps][kGroup];
 };
 
 /* Add what the warps of a KV head have; the result is the row's output, or a part of it. */
-template <int kHeadDim, int kHeads, int kSplits>
+template <int kHeadDim, int kHeads, int kSplits, int kGroup>
 __device__ __forceinline__ void finish(const DecodeArguments& a, int row, const RowShares& shares,
                                        const Part<kHeadDim>& part,
-                                       Scratch<kHeadDim, kHeads * kSplits>& scratch) {
+                                       Scratch<kHeadDim, kHeads * kSplits, kGroup>& scratch) {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int thread = warp / kHeads * kWarpSize + lane;  // among those of the same KV head
   const int kv_head = kv_head_of_warp<kHeads>();
@@ -531,10 +533,10 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, int row, const 
   part.store(reinterpret_cast<float*>(scratch.words[warp]), scratch.stats[warp], a.group_size,
              lane / 4, lane % 4);
   __syncthreads();
-  Merge<kHeadDim, kSplits> merge;  // the first split has a tile at least
+  Merge<kHeadDim, kSplits, kGroup> merge;  // the first split has a tile at least
   merge.template add<true>(
       reinterpret_cast<const float*>(scratch.words), scratch.stats[0],
-      [&](int i) { return (i * kHeads + warp % kHeads) * 8; }, kSplits, a.group_size, thread);
+      [&](int i) { return (i * kHeads + warp % kHeads) * kGroup; }, kSplits, a.group_size, thread);
   if (shares.first == shares.last) {
     const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
     merge.write(a.output + head * kHeadDim, a.group_size, thread);
@@ -542,17 +544,17 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, int row, const 
   } else {
     const i64 head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    combine<kHeadDim, kSplits>(a, row, kv_head, thread, shares.first, shares.last);
+    combine<kHeadDim, kSplits, kGroup>(a, row, kv_head, thread, shares.first, shares.last);
   }
 }
 
-template <int kHeadDim, int kHeads, int kSplits>
+template <int kHeadDim, int kHeads, int kSplits, int kGroup>
 __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSplits))
     paged_decode_kernel(const __grid_constant__ DecodeArguments a) {
   constexpr int kWarps = kHeads * kSplits;
   extern __shared__ int shared_ends[];  // [R + 1]
   __shared__ volatile int share;        // tiles of a block
-  __shared__ Scratch<kHeadDim, kWarps> scratch;
+  __shared__ Scratch<kHeadDim, kWarps, kGroup> scratch;
   __shared__ volatile Segment segments[kWarps];
   scan_tiles<kWarps * kWarpSize>(a.context_lens, a.num_rows, shared_ends);
   const volatile int* ends = shared_ends;
@@ -584,7 +586,7 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
                                       reinterpret_cast<uint2*>(scratch.words[warp]), part);
     row = segments[thread_index() / kWarpSize].row;
     const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
-    finish<kHeadDim, kHeads, kSplits>(a, row, shares, part, scratch);
+    finish<kHeadDim, kHeads, kSplits, kGroup>(a, row, shares, part, scratch);
     row = segments[thread_index() / kWarpSize].row;
   }
 }
