@@ -38,10 +38,9 @@ _DECODE_WARPS = 16
 """Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
 _DECODE_MIN_SHARE = 1
 """Fewest tiles of a warp: below that, adding parts costs more than it saves."""
-_DECODE_FEW_ROWS = 16
-"""Up to so many rows all warps of a thread block, as many as there is shared memory for, take tiles
-of one KV head: parts that meet in memory are fewer. Beyond, up to four neighbouring heads are read
-side by side."""
+_DECODE_FEW_ROWS = 32
+"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
+memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
 _DECODE_FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -309,7 +308,8 @@ def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[in
     """KV heads of a thread block, warps that share each, query heads that there is room for."""
     group = 4 if group_size <= 4 else 8
     if num_rows <= _DECODE_FEW_ROWS:
-        return 1, 64 // group, group
+        # 16 warps where there is shared memory for them; for 2 to 7 rows 8 were faster.
+        return 1, 8 if group == 8 or 1 < num_rows < 8 else 16, group
     heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
     return heads, 8 // heads, group
 

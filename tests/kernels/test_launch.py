@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,12 @@ def test_a_captured_launch_keeps_its_arguments(scale: Kernel) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 64])
-def test_attention_in_a_graph_sees_what_the_kernel_before_it_stored(num_rows: int) -> None:
+def test_kernels_in_a_graph_see_what_those_before_them_wrote(num_rows: int) -> None:
     """A long kernel first: those after it start early, and must wait for one another."""
     ops, head_dim, num_heads, num_kv_heads = make_ops("cuda", DEVICE), 128, 16, 8
-    long, qkv = (
-        torch.randn(rows, width, device=DEVICE).bfloat16()
-        for rows, width in ((20000, 4096), (num_rows, (num_heads + 2 * num_kv_heads) * head_dim))
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    long, source = (
+        torch.randn(rows, width, device=DEVICE).bfloat16() for rows in (20000, num_rows)
     )
     caches = torch.randn(2, 4 * num_rows, 16, num_kv_heads, head_dim, device=DEVICE).bfloat16()
     tables = torch.arange(4 * num_rows, device=DEVICE, dtype=torch.int32).view(num_rows, 4)
@@ -97,30 +98,36 @@ def test_attention_in_a_graph_sees_what_the_kernel_before_it_stored(num_rows: in
         block_size=16,
         dtype=torch.bfloat16,
     )
-    positions = torch.full((num_rows,), 49, device=DEVICE)
-    rope = RopeRows(torch.randn(64, head_dim, device=DEVICE), positions)
+    rope = RopeRows(
+        torch.randn(64, head_dim, device=DEVICE), torch.full((num_rows,), 49, device=DEVICE)
+    )
     slots = tables[:, 3].long() * 16 + 1
     heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-6}
 
-    def step() -> tuple[Tensor, Tensor]:
+    def step(wait: Callable[[], None]) -> list[Tensor]:
         ops.add_rms_norm(long, long, long[0], 1e-6)
+        qkv = ops.rms_norm(source, long[0], 1e-6)
+        wait()
         query = ops.qk_norm_rope_store_kv(qkv, None, None, rope, *caches, slots, **heads)
-        return query, ops.paged_attention(query, *caches, rows, scale=0.3)
+        wait()
+        attended = ops.paged_attention(query, *caches, rows, scale=0.3)
+        wait()
+        gated = ops.swiglu(attended.flatten(1))
+        wait()
+        return [qkv, query, attended, gated, *ops.add_rms_norm(gated, gated, long[1, :1024], 1e-6)]
 
-    step()
-    torch.cuda.synchronize()
+    step(torch.cuda.synchronize)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        query, output = step()
+        outputs = step(lambda: None)
     for _ in range(20):
-        qkv.normal_()
+        source.normal_()
         caches.view(2, -1, num_kv_heads, head_dim)[:, slots] = float("nan")
         torch.cuda.synchronize()
         graph.replay()
-        torch.cuda.synchronize()
-        expected = ops.paged_attention(query, *caches, rows, scale=0.3)
-        assert bool(expected.isfinite().all())
-        assert_bitwise_equal(output, expected)
+        for output, expected in zip(outputs, step(torch.cuda.synchronize), strict=True):
+            assert bool(expected.isfinite().all())
+            assert_bitwise_equal(output, expected)
 
 
 def test_a_refused_launch_says_why(scale: Kernel) -> None:
