@@ -41,6 +41,8 @@ _DECODE_MIN_SHARE = 1
 _DECODE_FEW_ROWS = 32
 """Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
 memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
+_DECODE_MOST_ROWS = 3072
+"""A thread block keeps four bytes for each in shared memory."""
 _DECODE_FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -79,7 +81,7 @@ class CudaOps:
             kernel.launch(
                 (len(token_ids), -(-words // _EMBEDDING_THREADS)),
                 _EMBEDDING_THREADS,
-                (token_ids.data_ptr(), weight.data_ptr(), output.data_ptr(), words),
+                (token_ids.contiguous().data_ptr(), weight.data_ptr(), output.data_ptr(), words),
             )
         return output
 
@@ -174,6 +176,7 @@ class CudaOps:
             )
         query = qkv.new_empty((num_tokens, num_heads, head_dim))
         qkv, table = _aligned(qkv, size), _aligned(rope.table, 16)
+        positions, slots = rope.positions.contiguous(), slot_mapping.contiguous()
         bias = None if bias is None else _aligned(bias, size)
         norm_weight = None if norm_weight is None else _aligned(norm_weight, size)
         flags = ", ".join("false" if x is None else "true" for x in (norm_weight, bias))
@@ -188,8 +191,8 @@ class CudaOps:
                 0 if bias is None else bias.data_ptr(),
                 0 if norm_weight is None else norm_weight.data_ptr(),
                 table.data_ptr(),
-                rope.positions.data_ptr(),
-                slot_mapping.data_ptr(),
+                positions.data_ptr(),
+                slots.data_ptr(),
                 query.data_ptr(),
                 k_cache.data_ptr(),
                 v_cache.data_ptr(),
@@ -208,8 +211,10 @@ class CudaOps:
         """Decodes by ``paged_decode``; steps with chunks of prompts by the reference."""
         block_size, num_kv_heads, head_dim = k_cache.shape[1:]
         group_size = query.shape[1] // num_kv_heads
+        num_rows = len(rows.context_lens)
         fits = (
             rows.max_query_len == 1
+            and num_rows <= _DECODE_MOST_ROWS
             and query.dtype == torch.bfloat16
             and head_dim in (64, 128)
             and group_size <= 8
@@ -218,9 +223,11 @@ class CudaOps:
         )
         if not fits:
             return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
-        query = query.contiguous()
+        query, context_lens = query.contiguous(), rows.context_lens.contiguous()
+        block_tables = rows.block_tables
+        if block_tables.stride(1) != 1:
+            block_tables = block_tables.contiguous()
         output = torch.empty_like(query)
-        num_rows = len(rows.context_lens)
         heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
         warps, grid_y = heads * splits, num_kv_heads // heads
         grid_x = max(1, self._num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
@@ -235,12 +242,12 @@ class CudaOps:
             query.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
-            rows.block_tables.data_ptr(),
-            rows.context_lens.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
             output.data_ptr(),
             *parts.pointers,
             num_rows,
-            rows.block_tables.stride(0),
+            block_tables.stride(0),
             num_kv_heads,
             group_size,
             (block_size // _TILE).bit_length() - 1,

@@ -30,6 +30,16 @@ def test_takes_the_row_of_each_token(
     assert_bitwise_equal(rows, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_and_rows_may_lie_apart(backend: str) -> None:
+    ops, device = open_backend(backend)
+    weight = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    token_ids = torch.arange(12, device=device)
+    assert_bitwise_equal(ops.embedding(token_ids[::3], weight), weight[:12:3])
+    assert_bitwise_equal(ops.embedding(token_ids, weight[:, 3:11]), weight[:12, 3:11])
+    assert ops.embedding(token_ids[:0], weight).shape == (0, 16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

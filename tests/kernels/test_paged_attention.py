@@ -185,6 +185,20 @@ def test_non_contiguous_queries_give_the_same_bits(backend: str) -> None:
     assert_bitwise_equal(dataclasses.replace(case, query=view).run(ops), case.run(ops))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_and_lengths_may_lie_apart(backend: str) -> None:
+    ops, device = open_backend(backend)
+    rows = [(1, 20), (1, 300), (1, 33)]
+    case = make_case(rows, head_dim=64, dtype=torch.bfloat16, device=device)
+    apart = dataclasses.replace(
+        case.rows,
+        context_lens=torch.stack([case.rows.context_lens] * 2, 1)[:, 0],
+        block_tables=case.rows.block_tables.t().contiguous().t(),
+    )
+    assert not apart.block_tables.is_contiguous()
+    assert_bitwise_equal(dataclasses.replace(case, rows=apart).run(ops), case.run(ops))
+
+
 def test_rows_of_like_shape_are_computed_together() -> None:
     """A plan of many decodes and many equal chunks takes few calls, whatever their order."""
     rows = [(1, 100), (8, 8), (1, 20), (8, 9), (1, 90), (8, 60), (1, 300), (1, 260)]

@@ -137,6 +137,26 @@ def test_turns_queries_and_stores_keys_and_values(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_may_lie_apart(backend: str) -> None:
+    """Every second row of all that has a row for each token."""
+    ops, device = open_backend(backend)
+    case = make_case(10, head_dim=64, dtype=torch.bfloat16, device=device)
+    expected = case.run(ops)
+    expected_caches = case.arguments["k_cache"].clone(), case.arguments["v_cache"].clone()
+    for name in ("qkv", "slot_mapping"):
+        case.arguments[name] = torch.stack([case.arguments[name]] * 2, 1)[:, 0]
+        assert not case.arguments[name].is_contiguous()
+    rope = case.arguments["rope"]
+    case.arguments["rope"] = RopeRows(rope.table, torch.stack([rope.positions] * 2, 1)[:, 0])
+    for name in ("k_cache", "v_cache"):
+        case.arguments[name].fill_(SENTINEL)
+
+    assert_bitwise_equal(case.run(ops), expected)
+    for name, cache in zip(("k_cache", "v_cache"), expected_caches, strict=True):
+        assert_bitwise_equal(case.arguments[name], cache, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rounds_sum_norm_and_product(backend: str) -> None:
     """Without rotation: all tokens stand at an angle of 0."""
     ops, device = open_backend(backend)
