@@ -5,8 +5,8 @@ in the order of the class. ``encode`` and ``decode`` are the only way in and out
 refuses bytes that are not exactly one known message with fields of the declared types.
 ``docs/protocol.md`` lists who sends what to whom.
 
-Arrays of numbers travel as packed little-endian bytes, never as lists: ``pack_u32`` and
-``pack_i32`` make them, ``unpack_u32`` and ``unpack_i32`` read them back.
+Arrays of numbers travel as packed little-endian bytes, never as lists: ``pack_u32`` and its
+like make them, ``unpack_u32`` and its like read them back.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PROTOCOL_VERSION = 1
 
 _U32 = "I"
 _I32 = "i"
+_I64 = "q"
 _F32 = "f"
 
 
@@ -45,7 +46,9 @@ def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
 def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
     values = array.array(typecode)
     if len(packed) % values.itemsize:
-        raise ProtocolError(f"a packed array of {len(packed)} bytes; expected a multiple of 4")
+        raise ProtocolError(
+            f"a packed array of {len(packed)} bytes; expected a multiple of {values.itemsize}"
+        )
     values.frombytes(packed)
     if sys.byteorder == "big":
         values.byteswap()
@@ -62,6 +65,11 @@ def pack_i32(values: Iterable[int]) -> bytes:
     return _pack(_I32, values)
 
 
+def pack_i64(values: Iterable[int]) -> bytes:
+    """Signed 64-bit little-endian bytes of ``values``."""
+    return _pack(_I64, values)
+
+
 def pack_f32(values: Iterable[float]) -> bytes:
     """32-bit float little-endian bytes of ``values``."""
     return _pack(_F32, values)
@@ -75,6 +83,11 @@ def unpack_u32(packed: bytes) -> array.array[int]:
 def unpack_i32(packed: bytes) -> array.array[int]:
     """The numbers that ``pack_i32`` packed; ``ProtocolError`` if the length is no multiple of 4."""
     return _unpack(_I32, packed)
+
+
+def unpack_i64(packed: bytes) -> array.array[int]:
+    """The numbers that ``pack_i64`` packed; ``ProtocolError`` if the length is no multiple of 8."""
+    return _unpack(_I64, packed)
 
 
 def unpack_f32(packed: bytes) -> array.array[float]:
@@ -336,7 +349,11 @@ class Sampled(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageStats(Message):
-    """Running totals of a stage since its start, sent some times a second while they change."""
+    """Running totals of a stage since its start, sent some times a second while they change.
+
+    Every nanosecond of the working thread is in one of them, but for the wait for a plan that is
+    going on (``ember_pp/stage/timing.py``).
+    """
 
     TAG: ClassVar[str] = "stage_stats"
     epoch: int
@@ -345,13 +362,35 @@ class StageStats(Message):
     """Last plan that it finished; -1 before the first."""
     busy_ns: int
     wait_input_ns: int
-    """Waiting for the previous stage or for a plan."""
+    """Waiting for hidden states or for feedback."""
     wait_output_ns: int
     """Waiting for a free slot of the next stage's ring."""
+    host_gap_ns: int
+    """Waiting for a plan while the coordinator had sequences."""
+    idle_ns: int
+    """Waiting for a plan while it had none."""
     waiting_for: str
     """What it waits for now, in words: plan, slot, edge; empty when it works or idles."""
     peak_bytes: int
     """Most device memory held so far; resident set on CPU."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageTrace(Message):
+    """Times of plans and waits, while ``trace.output`` or ``trace.picture`` asks for them.
+
+    In nanoseconds of the host's monotonic clock, in the order in which they ended.
+    """
+
+    TAG: ClassVar[str] = "stage_trace"
+    epoch: int
+    stage_index: int
+    plans: bytes
+    """i64 quintuples (plan, when it came, when its input was there, when its output was handed
+    on, when it was done); 0 for an input or output that a plan does not have."""
+    waits: bytes
+    """i64 triples (state, start, end); states as in ``StageState`` of the stage."""
 
 
 @_register

@@ -243,6 +243,11 @@ class DealerSocket:
         with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
             os.write(self._wake_writer, b"\0")
 
+    def flush(self) -> None:
+        """Close, and wait until what was sent is with the peer; the last call of a process."""
+        self.close()
+        zmq.Context.instance().term()
+
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close; what is queued goes out within ``linger_ms``."""
         if self._socket.closed:

@@ -8,7 +8,9 @@ and makes plans while the scheduler has any. With nothing to do it sleeps in the
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
+import sys
 import time
 from typing import Any
 
@@ -16,12 +18,14 @@ from ember_pp import __version__, protocol
 from ember_pp.config import Config
 from ember_pp.coordinator.admission import Admission
 from ember_pp.coordinator.launcher import Launcher, LocalLauncher
+from ember_pp.coordinator.metrics import MetricsServer
 from ember_pp.coordinator.pipeline import Pipeline
 from ember_pp.coordinator.preparation import Preparation, prepare
 from ember_pp.coordinator.request import Request
 from ember_pp.coordinator.router import Router
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
+from ember_pp.coordinator.trace_output import TraceOutput, check_trace
 from ember_pp.errors import (
     EmberError,
     InvalidRequestError,
@@ -44,6 +48,7 @@ class Coordinator:
         preparation: the checked model and layout.
         clients: bound socket for clients.
         pipelines: the replicas, not yet started.
+        metrics: asks for the status now and then; None: nobody does.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Coordinator:
         preparation: Preparation,
         clients: RouterSocket,
         pipelines: list[Pipeline],
+        metrics: MetricsServer | None = None,
     ) -> None:
         self._config = config
         self._preparation = preparation
@@ -64,6 +70,8 @@ class Coordinator:
         self._waiting_for_start: list[Request] = []
         self._is_ready = False
         self._num_finished = 0
+        self._num_output_tokens = 0
+        self._metrics = metrics
 
     def run(self, stop: StopSignal) -> None:
         """Serve until a signal; open requests are then refused by name.
@@ -90,6 +98,8 @@ class Coordinator:
         descriptors = [stop_descriptor]
         for pipeline in self._pipelines:
             descriptors += pipeline.supervisor.exit_descriptors
+        if self._metrics is not None:
+            descriptors.append(self._metrics.request_descriptor)
         timeout_s = None if self._is_ready else _START_CHECK_INTERVAL_S
         readable = wait_readable(self._sockets, descriptors, timeout_s)
         for pipeline in self._pipelines:
@@ -103,6 +113,8 @@ class Coordinator:
             self._take_client_message(identity, message)
         for pipeline in self._pipelines:
             pipeline.issue_plans()
+        if self._metrics is not None and self._metrics.request_descriptor in readable:
+            self._metrics.publish(self.status())
 
     def _open_when_ready(self) -> None:
         """Let in what waited for the start, once every replica can take it."""
@@ -120,6 +132,7 @@ class Coordinator:
         request = self._requests.get(sequence.request_id)
         if request is None or request.sequence is not sequence:
             return  # its client went away a moment ago
+        self._num_output_tokens += 1
         finish_reason = request.on_token(token_id, logprobs)
         if finish_reason is not None:
             self._release(request)
@@ -243,6 +256,7 @@ class Coordinator:
             },
             "open_requests": len(self._requests),
             "finished_requests": self._num_finished,
+            "num_output_tokens": self._num_output_tokens,
             "num_plans": sum(pipeline.num_plans for pipeline in self._pipelines),
             "max_in_flight": self._preparation.max_in_flight,
             "replicas": len(self._pipelines),
@@ -264,13 +278,32 @@ def serve(config: Config, stop: StopSignal, launcher: Launcher | None = None) ->
     started_s = time.monotonic()
     clients = RouterSocket(address, max_message_bytes=config.coordinator.max_message_bytes)
     try:
-        preparation = prepare(config)
-        with PrivateDirectory() as directory:
+        check_trace(config)
+        with contextlib.ExitStack() as stack:
+            metrics = _open_metrics(config, stack)
+            preparation = prepare(config)
+            trace = TraceOutput(config, preparation) if config.trace.is_on else None
+            directory = stack.enter_context(PrivateDirectory())
             pipelines = [
-                Pipeline(replica, config, preparation, directory, launcher or LocalLauncher())
+                Pipeline(
+                    *(replica, config, preparation, directory, launcher or LocalLauncher()),
+                    trace=None if trace is None else trace.logs[replica],
+                )
                 for replica in range(config.pipeline.replicas)
             ]
-            Coordinator(config, preparation, clients, pipelines).run(stop)
+            if trace is not None:
+                stack.callback(trace.write)
+            Coordinator(config, preparation, clients, pipelines, metrics).run(stop)
     finally:
         clients.close()
         logger.info("served for %.1f s", time.monotonic() - started_s)
+
+
+def _open_metrics(config: Config, stack: contextlib.ExitStack) -> MetricsServer | None:
+    if config.metrics.port is None:
+        return None
+    metrics = MetricsServer(config.metrics.port)
+    stack.callback(metrics.close)
+    sys.stderr.write(f"metrics: {metrics.url}\n")
+    sys.stderr.flush()
+    return metrics

@@ -7,28 +7,37 @@ scheduler's. It is frozen and sees only a ``Load``, so equal loads always get eq
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
+
+
+PlanTime = Callable[[int, int, int], float]
+"""Seconds that a stage takes for a plan of (decode rows, prompt tokens, context tokens)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What a policy sees when a plan is being filled."""
 
-    num_running: int
-    """Sequences that have a slot."""
-    num_waiting: int
-    num_prompts: int
-    """Sequences with known tokens still to compute, running or waiting."""
+    num_decodes: int
+    """Decode rows of this plan."""
+    num_context_tokens: int
+    """Tokens that they attend to, together."""
+    num_decoding: int
+    """Sequences that decode, in all micro-batches."""
+    num_decoding_context_tokens: int
+    """Tokens that all of these attend to."""
     backlog_tokens: int
-    """Known tokens still to compute, of all sequences."""
-    burst_tokens: int
-    """``backlog_tokens`` as it was when the last sequence had arrived."""
+    """Prompt tokens that could be planned now, had plans no limit: of prompts that were begun,
+    and of waiting ones about as far as there are slots and blocks for them."""
+    num_begun_tokens: int
+    """Tokens before those of the prompt that is next."""
     num_microbatches: int
     max_tokens_per_plan: int
-    num_decodes: int
-    """Decode rows of the plan that is being filled."""
+    plan_time_s: PlanTime | None
+    """Predicted time at the slowest stage, if there is a prediction."""
 
 
 class Policy(Protocol):
@@ -40,7 +49,7 @@ class Policy(Protocol):
         ...
 
     def sequence_share(self, num_wanted: int, num_microbatches: int) -> int:
-        """Sequences up to which a micro-batch admits, of ``num_wanted`` that could run at once."""
+        """Sequences that a micro-batch takes, of ``num_wanted`` that could run at once."""
         ...
 
     def prefill_tokens(self, load: Load) -> int:
@@ -53,20 +62,48 @@ class Balanced:
     """Plans that cost alike: equal shares of the sequences and of the tokens that wait."""
 
     max_difference: int | None = 2
+    smoothness: float = 2.0
+    slack: float = 0.05
+    """A plan may always take this share longer than one of decode rows alone."""
 
     def sequence_share(self, num_wanted: int, num_microbatches: int) -> int:
         """An equal share, rounded up."""
         return -(-num_wanted // num_microbatches)
 
     def prefill_tokens(self, load: Load) -> int:
-        """The backlog's share of one plan, if as many plans as can work on it do.
+        """What brings this plan to the cost that all of them are to have."""
+        time_s = load.plan_time_s or _count_tokens
+        limit_s = self._plan_limit_s(load, time_s)
+        context_tokens = load.num_context_tokens + load.num_begun_tokens
+        low, high = 0, min(load.backlog_tokens, load.max_tokens_per_plan)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if time_s(load.num_decodes, middle, context_tokens + middle) <= limit_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
-        It is that of the backlog at the last arrival, and kept while that shrinks: the last
-        plans of a burst are as large as the first.
-        """
-        if load.num_prompts < load.num_microbatches:
-            return -(-load.backlog_tokens // load.num_prompts)
-        return -(-load.burst_tokens // load.num_microbatches)
+    def _plan_limit_s(self, load: Load, time_s: PlanTime) -> float:
+        num_decodes = load.num_decoding / load.num_microbatches
+        context = load.num_decoding_context_tokens / load.num_microbatches
+        base_s = time_s(num_decodes, 0, context)
+        context += load.num_begun_tokens
+        weight = self.smoothness * load.num_microbatches
+        best_s, best = math.inf, 0.0
+        size = backlog = load.backlog_tokens
+        while size >= 1:
+            plan_s = time_s(num_decodes, size, context + size)
+            cost_s = (weight + backlog / size) * plan_s
+            if cost_s > best_s:
+                break
+            best_s, best = cost_s, plan_s
+            size = size * 4 // 5
+        return max(best, (1 + self.slack) * base_s)
+
+
+def _count_tokens(num_decodes: float, num_prefill_tokens: int, num_context_tokens: float) -> float:
+    return 64 + num_decodes + num_prefill_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

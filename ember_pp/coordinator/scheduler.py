@@ -2,10 +2,14 @@
 
 Pure policy: no I/O, no clock, no randomness, so the same calls always make the same plans.
 
-*Micro-batches.* Sequences live in micro-batches, each with at most ``1 + run_ahead`` plans in
-flight; so a sequence is in at most that many. A sequence stays where it was admitted until it
-ends, is preempted, or is moved because its micro-batch has at least two more than another. It
-joins the other once its plans in flight are back.
+*Prompts.* All prompts are in one line, first come first served, and every plan takes chunks
+from its head: so one prompt may be in all plans in flight, and a long one flows through the
+stages like a stream of micro-batches.
+
+*Micro-batches.* Decoding sequences live in micro-batches, each with at most ``1 + run_ahead``
+plans in flight; so a sequence decodes in at most that many. It joins the micro-batch whose
+plan has the last chunk of its prompt, and stays there until it ends, is preempted, or is moved
+because its micro-batch has more than another. It joins the other once its plans are back.
 
 *Run-ahead.* A row is planned before the host has seen the token that it starts from: stage 0
 has it. So lengths are counted by what is planned, and a row that has planned all that its
@@ -14,8 +18,8 @@ the rows planned since, at most ``run_ahead``, are computed for nothing and thei
 Slot and blocks of a sequence that ended get a new owner only when the last plan that names it
 has come back, and only blocks whose tokens have all come back enter the prefix cache.
 
-*Balance.* How many sequences a micro-batch admits and how many prompt tokens a plan takes is
-for the ``policy`` to say.
+*Balance.* How many prompt tokens a plan takes, and how many sequences a micro-batch, is for the
+``policy`` to say.
 
 *Order.* Admission is strictly first come first served: nobody passes a request that waits for
 blocks. Blocks for all known tokens are given on admission, for output one by one.
@@ -33,6 +37,7 @@ of the roster it was in, and only when all plans with a row of it have come back
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Sequence as Ordered
 
@@ -41,7 +46,7 @@ from ember_pp.coordinator.in_flight import InFlight
 from ember_pp.coordinator.limits import LengthLimits
 from ember_pp.coordinator.microbatch import Microbatch
 from ember_pp.coordinator.plan import Chunk, Plan, open_slot, plan_to_execute
-from ember_pp.coordinator.policy import POLICIES, Load, Policy
+from ember_pp.coordinator.policy import POLICIES, Load, PlanTime, Policy
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.coordinator.waiting_queue import WaitingQueue
 
@@ -72,6 +77,8 @@ class Scheduler:
         max_prompt_tokens: longest prompt; None: what ``max_model_len`` allows.
         prefix_caching: share the blocks of equal beginnings.
         policy: how full micro-batches and plans get.
+        plan_time_s: predicted time of a plan at the slowest stage, from (decode rows, prompt
+            tokens, context tokens); None: the policy goes by tokens.
     """
 
     def __init__(
@@ -88,8 +95,10 @@ class Scheduler:
         num_microbatches: int | None = None,
         run_ahead: int = 0,
         policy: Policy = POLICIES["balanced"],
+        plan_time_s: PlanTime | None = None,
     ) -> None:
         self.policy = policy
+        self._plan_time_s = plan_time_s
         self.max_in_flight = max_in_flight
         self.num_microbatches = num_microbatches or max_in_flight
         self.run_ahead = run_ahead
@@ -119,13 +128,12 @@ class Scheduler:
         )
         self._microbatches = [Microbatch(index) for index in range(self.num_microbatches)]
         self._turns = deque(self._microbatches)  # the one planned longest ago first
+        self._prefilling: list[Sequence] = []  # admitted, with known tokens to plan; by arrival
         self._running: dict[int, Sequence] = {}  # by arrival
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
         self._retiring: dict[int, list[Sequence]] = {}  # ended in flight, by their last plan
         self._is_after_idle = True
         self._is_unbalanced = False
-        self._burst_tokens = 0
-        self._is_burst_stale = True
 
     # ---------------------------------------------------------------- requests
 
@@ -149,7 +157,6 @@ class Scheduler:
         sequence.max_total_tokens = self.limits.max_total_tokens(num_prompt_tokens, max_tokens)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
-        self._is_burst_stale = True
         self._is_after_idle = self._is_after_idle or not self.has_work
         self._waiting.add_new(sequence)
 
@@ -231,7 +238,7 @@ class Scheduler:
         for microbatch in self._turns:
             if microbatch.num_in_flight > self._run_ahead_of(microbatch):
                 continue
-            if not microbatch.num_sequences and not self._can_admit(microbatch):
+            if not microbatch.num_sequences and not self._has_prompt_for(microbatch):
                 continue
             num_preemptions = self._num_preemptions
             blocks = self._secure_blocks(microbatch)
@@ -240,7 +247,7 @@ class Scheduler:
                 return None
             may_admit = num_preemptions == self._num_preemptions
             has_rows = microbatch.has_rows(self.in_flight.num_returned)
-            if has_rows or (may_admit and self._can_admit(microbatch)):
+            if has_rows or self._has_prompt_for(microbatch, may_admit=may_admit):
                 self._give_turn(microbatch, is_next=False)
                 return self._make_plan(microbatch, blocks, may_admit=may_admit)
         return None
@@ -287,6 +294,7 @@ class Scheduler:
         self._free_slots += freed
         for sequence in joined:
             self._set_due(microbatch, sequence)
+        plan.num_context_tokens = microbatch.num_context_tokens
         self._fill_chunks(microbatch, plan, may_admit=may_admit)
         assert plan.decodes or plan.chunks, "a plan without rows"
         # Only now: a plan must not read blocks that the same plan writes.
@@ -295,8 +303,10 @@ class Scheduler:
         plan.after_idle, self._is_after_idle = self._is_after_idle, False
         microbatch.issue(plan)
         for chunk in plan.chunks:
-            if chunk.samples and self._is_planned_to_its_end(microbatch, chunk.sequence):
-                self._drain(chunk.sequence)
+            if chunk.samples:
+                self._prefilling.remove(chunk.sequence)
+                if self._is_planned_to_its_end(microbatch, chunk.sequence):
+                    self._drain(chunk.sequence)
         self.in_flight.add(plan)
         return plan
 
@@ -387,67 +397,94 @@ class Scheduler:
         microbatch.set_due(sequence, last - microbatch.num_planned_tokens(sequence))
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
+        if sequence.status is SequenceStatus.PREFILLING:
+            return sequence.last_plan >= self.in_flight.num_returned
         microbatch = self._microbatches[sequence.microbatch_id]
         return microbatch.last_plan_of(sequence) >= self.in_flight.num_returned
 
     # ---------------------------------------------------------------- chunks and admission
 
     def _fill_chunks(self, microbatch: Microbatch, plan: Plan, *, may_admit: bool) -> None:
-        """Chunks of what is being prefilled here, then of what can be admitted."""
-        if not microbatch.prefilling and not (may_admit and self._can_admit(microbatch)):
+        """Chunks of the prompts that were begun, then of what can be admitted."""
+        num_places = self._num_places(microbatch)
+        may_admit = may_admit and num_places > 0 and self._can_admit(microbatch)
+        if not (self._prefilling or may_admit):
             return
-        num_decodes = len(plan.decodes)
-        room = min(
-            self.policy.prefill_tokens(self._load(num_decodes)),
-            self.max_tokens_per_plan - num_decodes,
-        )
-        for sequence in microbatch.prefilling:
-            room -= self._add_chunk(plan, sequence, room)
-        while room and may_admit and self._can_admit(microbatch):
-            room -= self._add_chunk(plan, self._admit(microbatch, plan), room)
+        room = max(1, self.policy.prefill_tokens(self._load(microbatch, plan)))
+        room = min(room, self.max_tokens_per_plan - microbatch.num_sequences)
+        for sequence in self._prefilling:
+            if room:
+                room -= self._add_chunk(plan, sequence, room, may_end=num_places > 0)
+                num_places -= sequence.num_prefilled_tokens == sequence.num_tokens
+        while room and num_places > 0 and may_admit and self._can_admit(microbatch):
+            sequence = self._admit(microbatch, plan)
+            room -= self._add_chunk(plan, sequence, room, may_end=True)
+            num_places -= sequence.num_prefilled_tokens == sequence.num_tokens
 
-    def _load(self, num_decodes: int) -> Load:
-        backlog = [
-            sequence.num_tokens - sequence.num_prefilled_tokens
-            for microbatch in self._microbatches
-            for sequence in microbatch.prefilling
-            if sequence.num_tokens > sequence.num_prefilled_tokens
-        ]
-        backlog_tokens = sum(backlog) + self._waiting.num_tokens
-        if self._is_burst_stale:
-            self._burst_tokens = backlog_tokens
-            self._is_burst_stale = False
+    def _has_prompt_for(self, microbatch: Microbatch, *, may_admit: bool = True) -> bool:
+        """True if its next plan can take a prompt to its end."""
+        if self._num_places(microbatch) < 1:
+            return False
+        return bool(self._prefilling) or (may_admit and self._can_admit(microbatch))
+
+    def _num_places(self, microbatch: Microbatch) -> int:
+        """Prompts that may end in its next plan, and decode there from then on.
+
+        Never so many that a plan could not hold their rows.
+        """
+        num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
+        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
+        return min(share, self.max_tokens_per_plan) - microbatch.num_sequences
+
+    def _load(self, microbatch: Microbatch, plan: Plan) -> Load:
+        backlog_tokens = self._num_admissible_tokens()
+        for sequence in self._prefilling:
+            backlog_tokens += sequence.num_tokens - sequence.num_prefilled_tokens
+        first = self._prefilling[0] if self._prefilling else None
         return Load(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_prompts=len(backlog) + len(self._waiting),
+            num_decodes=len(plan.decodes),
+            num_context_tokens=plan.num_context_tokens,
+            num_decoding=sum(other.num_sequences for other in self._microbatches),
+            num_decoding_context_tokens=sum(o.num_context_tokens for o in self._microbatches),
             backlog_tokens=backlog_tokens,
-            burst_tokens=self._burst_tokens,
+            num_begun_tokens=first.num_prefilled_tokens if first is not None else 0,
             num_microbatches=self.num_microbatches,
             max_tokens_per_plan=self.max_tokens_per_plan,
-            num_decodes=num_decodes,
+            plan_time_s=self._plan_time_s,
         )
 
-    def _add_chunk(self, plan: Plan, sequence: Sequence, room: int) -> int:
-        """Plan the next tokens of a prefill, at most ``room``; how many they are."""
+    def _num_admissible_tokens(self) -> int:
+        """About how many of the waiting tokens have a slot and blocks to go to by now."""
+        num_waiting, num_slots = len(self._waiting), self.max_sequences - len(self._running)
+        if not num_waiting:
+            return 0
+        num_tokens = self._waiting.num_tokens * min(num_slots, num_waiting) // num_waiting
+        return min(num_tokens, self._blocks.num_free * self._block_size)
+
+    def _add_chunk(self, plan: Plan, sequence: Sequence, room: int, *, may_end: bool) -> int:
+        """Plan the next tokens of a prompt, at most ``room``; how many they are.
+
+        Where it may not end, its last token is left for a plan of another micro-batch.
+        """
         start = sequence.num_prefilled_tokens
         end = min(sequence.num_tokens, start + room)
+        samples = end == sequence.num_tokens
+        if samples and not may_end:
+            end, samples = end - 1, False
         if end > start:
             token_ids = sequence.token_ids(start, end)
-            samples = end == sequence.num_tokens
             plan.chunks.append(Chunk(sequence, sequence.slot, start, token_ids, samples))
+            plan.num_context_tokens += end
             sequence.num_prefilled_tokens = end
         return end - start
 
     def _can_admit(self, microbatch: Microbatch) -> bool:
-        """True if the head of the queue may start in this micro-batch now."""
+        """True if the head of the queue can be given a slot, by a plan of ``microbatch``."""
         head = self._waiting.head
         if head is None or not (self._free_slots or microbatch.released):
             return False
-        num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
-        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
-        # No more rows than tokens, or a chunk could be left without room for ever.
-        if microbatch.num_sequences >= min(share, self.max_tokens_per_plan):
+        # No more rows than tokens, or a prompt could be left without room for ever.
+        if len(self._running) >= self.num_microbatches * self.max_tokens_per_plan:
             return False
         # A block for each one that runs, or the next ones to need one would preempt this one.
         return self._blocks.can_allocate(head, headroom=len(self._running))
@@ -465,9 +502,8 @@ class Scheduler:
             self._num_prompt_tokens += sequence.num_prompt_tokens
             self._num_prefix_hit_tokens += sequence.num_cached_tokens
         sequence.num_admissions += 1
-        microbatch.add(sequence)
+        bisect.insort(self._prefilling, sequence, key=_arrival)
         self._running[sequence.arrival] = sequence
-        self._is_unbalanced = True
         plan.open.append(open_slot(sequence))
         for block in sequence.block_table:
             plan.blocks += (sequence.slot, block)
@@ -477,7 +513,9 @@ class Scheduler:
 
     def _unplan(self, sequence: Sequence) -> None:
         """Have a running sequence in no plan any more; it keeps its slot and its blocks."""
-        if sequence.status is not SequenceStatus.DRAINING:
+        if sequence.status is SequenceStatus.PREFILLING:
+            self._prefilling.remove(sequence)
+        elif sequence.status is SequenceStatus.DECODING:
             self._microbatches[sequence.microbatch_id].take_out(sequence)
             self._is_unbalanced = True
 
@@ -488,7 +526,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Take back slot and blocks of a sequence that is unplanned and not in flight."""
-        microbatch = self._microbatches[sequence.microbatch_id]
+        microbatch = self._microbatches[sequence.microbatch_id]  # the last one if it had none
         has_left = sequence.slot not in microbatch.leaving
         (self._free_slots if has_left else microbatch.released).append(sequence.slot)
         # Past a stop more is stored than is known: of that, nothing is published.
@@ -504,7 +542,6 @@ class Scheduler:
         self._release(sequence)
         self._waiting.add_preempted(sequence)
         self._num_preemptions += 1
-        self._is_burst_stale = True
 
     def _balance(self, microbatch: Microbatch) -> None:
         """Hand sequences to micro-batches that have ``policy.max_difference`` less.
@@ -521,30 +558,19 @@ class Scheduler:
             if microbatch.num_sequences - smallest.num_sequences < max_difference:
                 break
             sequence = self._choose_to_move(microbatch)
-            if sequence is None:
-                return
             microbatch.take_out(sequence)
             sequence.joins_after = sequence.last_plan
             smallest.add(sequence)
         largest = max(other.num_sequences for other in self._microbatches)
         self._is_unbalanced = largest - smallest.num_sequences >= max_difference
 
-    def _choose_to_move(self, microbatch: Microbatch) -> Sequence | None:
-        """The youngest; before it one that waits to join, so that who stays can be planned.
-
-        None if all are prompts in flight: those move once they decode.
-        """
+    def _choose_to_move(self, microbatch: Microbatch) -> Sequence:
+        """The youngest; before it one that waits to join, so that who stays can be planned."""
         num_returned = self.in_flight.num_returned
-        movable = [
-            sequence
-            for sequence in microbatch.live_sequences()
-            if sequence.status is SequenceStatus.DECODING or not self._is_in_flight(sequence)
-        ]
         return max(
-            movable,
+            microbatch.live_sequences(),
             key=lambda sequence: (
                 sequence.roster_id < 0 and sequence.joins_after >= num_returned,
                 sequence.arrival,
             ),
-            default=None,
         )

@@ -54,8 +54,10 @@ class StageModel:
         self._weights = weights
         self._start_layer = start_layer
         self._scale = cfg.head_dim**-0.5
-        table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
-        self._rope_table = table.to(weights.layers[0].qkv.device)  # [max_model_len, d]
+        self._rope_table: Tensor | None = None  # [max_model_len, d]
+        if weights.layers:
+            table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
+            self._rope_table = table.to(weights.layers[0].qkv.device)
 
     @torch.inference_mode()
     def forward(
@@ -80,6 +82,8 @@ class StageModel:
         if self._weights.embedding is not None:
             hidden_states = kernels.embedding(inputs.token_ids, self._weights.embedding)
         assert hidden_states is not None, "hidden states come from the previous stage"
+        if self._rope_table is None:  # the lm_head alone
+            return hidden_states.clone()  # what was received is given back before it is read
         rows = PagedRows.build(
             inputs.block_tables,
             inputs.context_lens,

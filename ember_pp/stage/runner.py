@@ -2,14 +2,12 @@
 
 The order of a plan on a stage: take in the slot changes, wait for the hidden states of the
 previous stage (on the first: for the tokens of the decode rows), run the layers, then hand the
-result to the next stage, or draw tokens on the last one, which sends them to the first. Every
-time spent is counted as busy or as one of two waits.
+result to the next stage, or draw tokens on the last one, which sends them to the first. The
+ends of the edges count their waits themselves (``timing.py``).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +26,6 @@ from ember_pp.stage.sampler import Sampler
 class HiddenStatesSource(Protocol):
     """What the runner needs of ``handoff.Receiver``."""
 
-    waited_ns: int
-
     def receive(self, plan: int, num_tokens: int) -> Tensor:
         """[num_tokens, D], valid until ``release``."""
 
@@ -40,19 +36,8 @@ class HiddenStatesSource(Protocol):
 class HiddenStatesSink(Protocol):
     """What the runner needs of ``handoff.Sender``."""
 
-    waited_ns: int
-
     def send(self, plan: int, hidden_states: Tensor) -> None:
         """Hand on [T, D]."""
-
-
-@dataclasses.dataclass(slots=True)
-class RunnerTimes:
-    """Running totals since the start."""
-
-    busy_ns: int = 0
-    wait_input_ns: int = 0
-    wait_output_ns: int = 0
 
 
 class StageRunner:
@@ -96,7 +81,6 @@ class StageRunner:
         self._sampler = sampler
         self._last_tokens = last_tokens
         self._feedback = feedback
-        self.times = RunnerTimes()
 
     @torch.inference_mode()
     def run(self, execute: Execute) -> Sampled | None:
@@ -106,8 +90,6 @@ class StageRunner:
             ProtocolError: the plan does not fit the ones before it.
             HandoffError: an edge was closed.
         """
-        started_ns = time.monotonic_ns()
-        waited_ns = self.times.wait_input_ns + self.times.wait_output_ns
         inputs = self._slots.apply(execute)
         if self._last_tokens is not None:
             self._last_tokens.fill(execute, inputs)
@@ -118,7 +100,6 @@ class StageRunner:
             sampled = self._sample(self._sampler, execute, inputs, hidden_states, tap)
         if tap is not None:
             tap.write()
-        self._count(started_ns, waited_ns)
         return sampled
 
     def _forward(self, execute: Execute, inputs: BatchInputs, tap: _Tap | None) -> Tensor:
@@ -173,14 +154,6 @@ class StageRunner:
             self._feedback.send(plan, token_ids.clamp(min=0).to(torch.int32)[:, None])
         elif self._last_tokens is not None:
             self._last_tokens.put(plan, token_ids.clamp(min=0))
-
-    def _count(self, started_ns: int, waited_before_ns: int) -> None:
-        times = self.times
-        inputs, outputs = (self._source, self._last_tokens), (self._sink, self._feedback)
-        times.wait_input_ns = sum(end.waited_ns for end in inputs if end is not None)
-        times.wait_output_ns = sum(end.waited_ns for end in outputs if end is not None)
-        waited_ns = times.wait_input_ns + times.wait_output_ns - waited_before_ns
-        times.busy_ns += time.monotonic_ns() - started_ns - waited_ns
 
 
 class _Tap:
