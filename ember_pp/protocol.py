@@ -46,9 +46,7 @@ def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
 def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
     values = array.array(typecode)
     if len(packed) % values.itemsize:
-        raise ProtocolError(
-            f"a packed array of {len(packed)} bytes; expected a multiple of {values.itemsize}"
-        )
+        raise ProtocolError(f"a packed array of {len(packed)} bytes of {values.itemsize} each")
     values.frombytes(packed)
     if sys.byteorder == "big":
         values.byteswap()
@@ -349,11 +347,7 @@ class Sampled(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageStats(Message):
-    """Running totals of a stage since its start, sent some times a second while they change.
-
-    Every nanosecond of the working thread is in one of them, but for the wait for a plan that is
-    going on (``ember_pp/stage/timing.py``).
-    """
+    """Running totals of a stage since its start (``stage/timing.py``), sent while they change."""
 
     TAG: ClassVar[str] = "stage_stats"
     epoch: int

@@ -16,6 +16,8 @@ Anchor = Literal["start", "middle", "end"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rectangle:
+    """Filled, without an outline."""
+
     x: float
     y: float
     width: float
@@ -27,6 +29,8 @@ class Rectangle:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
+    """Straight, between two points."""
+
     x1: float
     y1: float
     x2: float

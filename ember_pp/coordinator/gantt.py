@@ -35,7 +35,7 @@ _WAIT_COLOURS = MappingProxyType(
     {WAIT_INPUT: "#e4e6ea", WAIT_OUTPUT: "#f4d9b5", HOST_GAP: "#f2b8c0", IDLE: "#f8f9fa"}
 )
 _WAIT_NAMES = MappingProxyType(
-    {WAIT_INPUT: "waits for input", WAIT_OUTPUT: "for a slot", HOST_GAP: "host gap", IDLE: "idle"}
+    {WAIT_INPUT: "no input", WAIT_OUTPUT: "no slot", HOST_GAP: "no plan", IDLE: "idle"}
 )
 _GREY, _DARK = "#6b7280", "#1f2937"
 
@@ -205,7 +205,12 @@ def _draw_row(drawing: Drawing, row: StageRow, scale: _Scale, top: float, captio
 
 
 def _slices(row: StageRow, scale: _Scale) -> list[tuple[int, int, str, PlanSlice | None]]:
-    """Plans, and waits on top of them where a plan waited for a slot."""
+    """Plans with their preparation, and waits on top of them where a plan waited for a slot."""
+    prepared = [
+        (plan.came_ns, plan.paused_ns, _PLAN_COLOURS[plan.facts.kind], None)
+        for plan in row.plans
+        if plan.paused_ns > plan.came_ns and scale.holds(plan.came_ns, plan.paused_ns)
+    ]
     plans = [
         (plan.start_ns, plan.end_ns, _PLAN_COLOURS[plan.facts.kind], plan)
         for plan in row.plans
@@ -216,7 +221,7 @@ def _slices(row: StageRow, scale: _Scale) -> list[tuple[int, int, str, PlanSlice
         for wait in row.waits
         if scale.holds(wait.start_ns, wait.end_ns)
     ]
-    return [*plans, *waits]
+    return [*prepared, *plans, *waits]
 
 
 def _draw_shares(drawing: Drawing, row: StageRow, scale: _Scale, top: float) -> None:

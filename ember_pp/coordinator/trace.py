@@ -55,6 +55,9 @@ class PlanSlice:
     """A plan on one stage, from its input being there to its end."""
 
     facts: PlanFacts
+    came_ns: int
+    paused_ns: int
+    """When its wait for input began: before that, it was prepared. ``came_ns`` without a wait."""
     start_ns: int
     end_ns: int
     received_ns: int
@@ -196,7 +199,7 @@ def _row(
     for batch in batches:
         waits = [WaitSlice(*fields) for fields in _groups(batch.waits, _FIELDS_OF_A_WAIT)]
         row.waits.extend(waits)
-        input_ends = deque(wait.end_ns for wait in waits if wait.state == WAIT_INPUT)
+        inputs = deque(wait for wait in waits if wait.state == WAIT_INPUT)
         for number, came_ns, received_ns, sent_ns, end_ns in _groups(
             batch.plans, _FIELDS_OF_A_PLAN
         ):
@@ -204,21 +207,25 @@ def _row(
             if known is None:
                 continue
             first_ns = came_ns if first_ns is None else first_ns
-            start_ns = _start_of(came_ns, received_ns, input_ends)
-            row.plans.append(PlanSlice(known, start_ns, end_ns, received_ns, sent_ns))
+            paused_ns, start_ns = _pause_of(came_ns, received_ns, inputs)
+            row.plans.append(
+                PlanSlice(known, came_ns, paused_ns, start_ns, end_ns, received_ns, sent_ns)
+            )
     # A wait of plans that were forgotten would stand alone.
     row.waits[:] = [wait for wait in row.waits if first_ns is not None and wait.end_ns >= first_ns]
     return row
 
 
-def _start_of(came_ns: int, received_ns: int, input_ends: deque[int]) -> int:
-    """Where the slice of a plan starts: behind the wait for its input, if there was one."""
-    while input_ends and input_ends[0] < came_ns:
-        input_ends.popleft()
-    start_ns = came_ns
-    while input_ends and input_ends[0] <= received_ns:
-        start_ns = input_ends.popleft()
-    return start_ns
+def _pause_of(came_ns: int, received_ns: int, inputs: deque[WaitSlice]) -> tuple[int, int]:
+    """From when to when a plan waited for its input; takes that out of ``inputs``."""
+    while inputs and inputs[0].end_ns < came_ns:
+        inputs.popleft()
+    paused_ns = start_ns = came_ns
+    while inputs and inputs[0].end_ns <= received_ns:
+        wait = inputs.popleft()
+        paused_ns = wait.start_ns if start_ns == came_ns else paused_ns
+        start_ns = wait.end_ns
+    return paused_ns, start_ns
 
 
 def _num_plans(trace: protocol.StageTrace) -> int:

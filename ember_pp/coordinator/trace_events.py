@@ -119,6 +119,12 @@ def _stage_events(row: StageRow) -> Iterator[str]:
             f'"ts":{_us(plan.start_ns)},"dur":{_us(plan.end_ns - plan.start_ns)},'
             f'"args":{_plan_arguments(plan.facts)}}}'
         )
+        if plan.paused_ns > plan.came_ns:
+            yield (
+                f'{{"ph":"X","name":"inputs of {plan.facts.number}","cat":"inputs",'
+                f'"pid":{row.replica},"tid":{thread},'
+                f'"ts":{_us(plan.came_ns)},"dur":{_us(plan.paused_ns - plan.came_ns)}}}'
+            )
     for wait in row.waits:
         yield (
             f'{{"ph":"X","name":"{_WAIT_NAMES[wait.state]}","cat":"wait",'

@@ -89,13 +89,13 @@ def ms(time_ns):
 
 
 def test_states_are_those_of_the_stage():
-    assert {
+    assert {state.name: state.value for state in StageState} == {
         "BUSY": BUSY,
         "WAIT_INPUT": WAIT_INPUT,
         "WAIT_OUTPUT": WAIT_OUTPUT,
         "HOST_GAP": HOST_GAP,
         "IDLE": IDLE,
-    } == {state.name: state.value for state in StageState}
+    }
 
 
 def test_a_slice_starts_when_its_input_is_there(log):
@@ -104,6 +104,14 @@ def test_a_slice_starts_when_its_input_is_there(log):
     assert slices == [(0, 10, 15), (1, 19.5, 24), (2, 24, 29)]
     slices = [(plan.facts.number, ms(plan.start_ns), ms(plan.end_ns)) for plan in last.plans]
     assert slices == [(0, 14, 19.2), (1, 24.1, 31)]
+
+
+def test_what_a_plan_does_before_it_waits_is_shown_too(log):
+    first, last = timeline([log]).rows
+    prepared = [(ms(plan.came_ns), ms(plan.paused_ns)) for plan in [*first.plans, *last.plans]]
+    assert prepared == [(10, 10), (15.5, 16), (24, 24), (10.2, 10.3), (19.2, 19.3)]
+    found = [(e["name"], e["dur"]) for e in events_of(log) if e.get("cat") == "inputs"]
+    assert found == [("inputs of 1", 500), ("inputs of 0", 100), ("inputs of 1", 100)]
 
 
 def test_kinds_and_counts_are_those_of_the_plan(log):
@@ -176,7 +184,7 @@ def test_an_event_per_plan_and_wait(log):
     }
     found = collections.defaultdict(list)
     for event in events:
-        if event["ph"] == "X":
+        if event["ph"] == "X" and event["cat"] != "inputs":
             found[names[event["pid"], event["tid"]]].append((event["name"], event["cat"]))
     assert found == {
         "stage 0": [("prefill 0", "prefill"), ("mixed 1", "mixed"), ("decode 2", "decode")],
@@ -216,7 +224,11 @@ def arrows_of(events):
             ends[event["id"]][event["ph"]] = event
     assert all(set(pair) == {"s", "f"} for pair in ends.values())
     return [
-        (pair["s"]["name"], (pair["s"]["tid"], pair["s"]["ts"]), (pair["f"]["tid"], pair["f"]["ts"]))
+        (
+            pair["s"]["name"],
+            (pair["s"]["tid"], pair["s"]["ts"]),
+            (pair["f"]["tid"], pair["f"]["ts"]),
+        )
         for pair in ends.values()
     ]
 

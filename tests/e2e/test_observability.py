@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import time
 import urllib.request
 from pathlib import Path
@@ -68,10 +69,12 @@ class Trace:
             if event["name"] == "thread_name"
         }
         self.slices = collections.defaultdict(list)
+        self.inputs = collections.defaultdict(list)
         self.flows = collections.defaultdict(dict)
         for event in self.events:
             if event["ph"] == "X":
-                self.slices[names[event["tid"]]].append(event)
+                slices = self.inputs if event["cat"] == "inputs" else self.slices
+                slices[names[event["tid"]]].append(event)
             elif event["ph"] in "sf":
                 self.flows[event["id"]][event["ph"]] = event | {"row": names[event["tid"]]}
 
@@ -119,7 +122,8 @@ def test_waits_and_plans_do_not_overlap(traced):
     for row in STAGES:
         waits = [w for w in trace.slices[f"{row} waits"] if w["name"] != "wait for a slot"]
         assert waits
-        spans = sorted((s["ts"], s["ts"] + s["dur"]) for s in [*trace.slices[row], *waits])
+        shown = [*trace.slices[row], *trace.inputs[row], *waits]
+        spans = sorted((s["ts"], s["ts"] + s["dur"]) for s in shown)
         for (_, end), (start, _) in itertools.pairwise(spans):
             assert end <= start + 0.002  # microseconds, as floats
 
@@ -127,6 +131,7 @@ def test_waits_and_plans_do_not_overlap(traced):
 def test_arrows_join_the_end_of_a_sender_and_the_start_of_its_receiver(traced):
     trace, status, _ = traced
     found = collections.Counter()
+    late, early = [], []
     for ends in trace.flows.values():
         source, target = ends["s"], ends["f"]
         assert source["ts"] <= target["ts"]
@@ -135,10 +140,13 @@ def test_arrows_join_the_end_of_a_sender_and_the_start_of_its_receiver(traced):
         found[source["name"], source["row"], target["row"]] += 1
         if source["name"] == "hand-off":
             assert sender["args"]["plan"] == receiver["args"]["plan"]
-            # What is after the sending, and before the work, is small beside both.
-            assert sender["ts"] + sender["dur"] - source["ts"] <= max(0.5 * sender["dur"], 2000)
+            late.append((source["ts"] - sender["ts"]) / sender["dur"])
+            early.append((target["ts"] - receiver["ts"]) / receiver["dur"])
         else:
             assert sender["args"]["plan"] < receiver["args"]["plan"]
+    # The machine may stop a process at any moment: so of most plans, not of all.
+    assert statistics.median(late) > 0.8
+    assert statistics.median(early) < 0.2
     num_plans = status["num_plans"]
     num_fed = sum(s["args"]["decodes"] > 0 for s in trace.slices["stage 0"])
     assert found == {
@@ -174,10 +182,11 @@ def test_the_trace_and_the_totals_tell_the_same(traced):
             ("idle", "idle"),
         ]:
             assert waits[name] == pytest.approx(stage[f"{state}_ns"] / 1e3, abs=1.0), name
-        shown_us = sum(s["dur"] for s in trace.slices[row]) - waits["wait for a slot"]
+        shown = trace.slices[row] + trace.inputs[row]
+        shown_us = sum(s["dur"] for s in shown) - waits["wait for a slot"]
+        # Between two waits of one plan there is a moment that no slice shows.
         busy_us = stage["busy_ns"] / 1e3
-        # What a plan does before it waits for its input is in no slice.
-        assert 0.5 * busy_us <= shown_us <= busy_us + 1
+        assert 0.95 * busy_us <= shown_us <= busy_us + 1
         shares = [stage[f"{state}_fraction"] for state in STATES[:4]]
         assert sum(shares) == pytest.approx(1)
 
@@ -192,15 +201,13 @@ def test_the_picture_shows_every_stage(traced):
 
 def test_a_trace_is_whole_after_the_death_of_a_stage(tmp_path):
     path = tmp_path / "run.json"
-    with (
-        pytest.raises(StageDiedError),
-        open_client(make_config(trace={"output": str(path)})) as client,
-    ):
+    with open_client(make_config(trace={"output": str(path)})) as client:
         run_some(client)
         num_plans = settled_status(client)["num_plans"]
         endless = client.submit(token_ids=[5, 6], sampling=GREEDY | {"max_tokens": 400})
         os.kill(client.status()["stages"][1]["pid"], signal.SIGKILL)
-        endless.result(60.0)
+        with pytest.raises(StageDiedError):
+            endless.result(60.0)
     trace = Trace(path)
     assert len(trace.slices["stage 0"]) >= num_plans  # it lived on and sent its last times
     assert trace.slices["stage 1"]
