@@ -36,9 +36,9 @@ ARCHITECTURE = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-NUM_REQUESTS = 48
+NUM_REQUESTS = 96
 PROMPT_TOKENS = 32
-OUTPUT_TOKENS = 64
+OUTPUT_TOKENS = 32
 MAX_IN_FLIGHT = 3
 
 
@@ -87,6 +87,7 @@ def run_once(num_stages: int) -> dict[str, Any]:
                 "devices": "cpu",
                 "cpu_threads": 1,
                 "max_in_flight": MAX_IN_FLIGHT,
+                "run_ahead": 0,  # so that the micro-batches are the same for any stages
             },
             "cache": {"memory_gib": 0.5, "prefix": False},
             "scheduler": {"max_sequences": NUM_REQUESTS},

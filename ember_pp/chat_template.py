@@ -204,6 +204,8 @@ class ChatTemplate:
 
     def _check_kwargs(self, template_kwargs: Mapping[str, Any]) -> None:
         for name, value in template_kwargs.items():
+            if not isinstance(name, str):
+                raise InvalidRequestError(f"chat_template_kwargs: {_shown(name)} is no name")
             if name in REFUSED_KWARGS:
                 raise InvalidRequestError(f"chat_template_kwargs.{name}: {REFUSED_KWARGS[name]}")
             # What asks for nothing need not be understood: no tools, no thinking.

@@ -31,7 +31,7 @@ from ember_pp.client_session import (
     RequestState,
     Sampling,
 )
-from ember_pp.errors import DeadlineExceededError, EmberError
+from ember_pp.errors import DeadlineExceededError, EmberError, UnavailableError
 from ember_pp.sockets import AsyncDealerSocket, DealerSocket
 
 __all__ = ["AsyncClient", "AsyncRequest", "Client", "Completion", "Delta", "Request"]
@@ -62,6 +62,7 @@ class Request:
         self._client._wait_until(
             lambda: self._state.has_ended, timeout_s, f"request {self.request_id}"
         )
+        self._client._session.forget(self)
         return self._state.outcome()
 
     def __iter__(self) -> Iterator[Delta]:
@@ -75,6 +76,7 @@ class Request:
             while self._state.deltas:
                 yield self._state.deltas.popleft()
             if self._state.has_ended:
+                self._client._session.forget(self)
                 self._state.outcome()
                 return
 
@@ -217,7 +219,7 @@ class Client:
     def status(self) -> dict[str, Any]:
         """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""
         self._session.status = None
-        self._socket.send(protocol.Status())
+        self._socket.send(self._session.ask_status())
         timeout_s = self._session.timeout_s
         self._wait_until(
             lambda: self._session.status is not None,
@@ -243,7 +245,7 @@ class Client:
             if self._check_alive is not None:
                 self._check_alive()
             if self._session.open and self._session.needs_sign_of_life():
-                self._socket.send(protocol.Status())
+                self._socket.send(self._session.ask_status())
             return
         while message is not None:
             self._session.handle(message)
@@ -315,7 +317,10 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel what is open and disconnect."""
+        """Cancel what is open and disconnect; who still waits for an answer gets an error."""
+        self._failure = self._failure or UnavailableError("the client was closed")
+        async with self._news:
+            self._news.notify_all()
         if self._receiver is not None:
             self._receiver.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -327,6 +332,8 @@ class AsyncClient:
 
     async def submit(self, prompt: str | None = None, **options: Any) -> AsyncRequest:
         """Send a request and return at once; options as in ``Client.submit``."""
+        if self._receiver is None:
+            raise UnavailableError("use it as: async with AsyncClient(address) as client")
         submit = self._session.submit(prompt, **options)
         state = RequestState(submit.request_id)
         request = AsyncRequest(self, state)
@@ -366,7 +373,7 @@ class AsyncClient:
     async def status(self) -> dict[str, Any]:
         """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""
         self._session.status = None
-        await self._socket.send(protocol.Status())
+        await self._socket.send(self._session.ask_status())
         await self._wait_until(
             lambda: self._session.status is not None,
             self._session.timeout_s,
@@ -396,7 +403,7 @@ class AsyncClient:
                 if message is not None:
                     self._session.handle(message)
                 elif self._session.open and self._session.needs_sign_of_life():
-                    await self._socket.send(protocol.Status())
+                    await self._socket.send(self._session.ask_status())
             except EmberError as error:
                 self._failure = error
             self._session.ended.clear()

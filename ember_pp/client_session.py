@@ -13,13 +13,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from ember_pp import protocol
-from ember_pp.errors import DeadlineExceededError, EmberError, ProtocolError, from_wire
+from ember_pp.errors import (
+    DeadlineExceededError,
+    EmberError,
+    InvalidRequestError,
+    ProtocolError,
+    UnavailableError,
+    from_wire,
+)
 from ember_pp.protocol import TokenLogprobs
 from ember_pp.sampling_params import SamplingParams
 
 Messages = Sequence[Mapping[str, Any]]
 Sampling = SamplingParams | Mapping[str, Any] | None
 _OwnerT = TypeVar("_OwnerT")
+
+MAX_SUBMIT_BYTES = 16 * 1024 * 1024
+"""Above it a coordinator with the default ``coordinator.max_message_bytes`` hangs up."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +126,13 @@ class ClientSession(Generic[_OwnerT]):
             f"coordinator at {address} (is it running? job=serve coordinator.address={address})"
         )
         self.open: dict[str, tuple[RequestState, _OwnerT]] = {}
-        self.ended: collections.deque[_OwnerT] = collections.deque()
+        self.ended: dict[_OwnerT, None] = {}
+        """What ended and has not been handed out yet, oldest first."""
         self.status: dict[str, Any] | None = None
         self.num_cancelled: int | None = None
         self.heard_at_s = time.monotonic()
         self._asked_at_s: float | None = None
+        self._asked_about: collections.deque[list[str]] = collections.deque()
 
     def submit(
         self,
@@ -134,21 +146,53 @@ class ClientSession(Generic[_OwnerT]):
         request_id: str | None = None,
         seed_key: str | None = None,
     ) -> protocol.Submit:
+        """The message of a new request.
+
+        Raises:
+            InvalidRequestError: an id that is open, or values that no message can carry.
+        """
+        if request_id is not None and request_id in self.open:
+            raise InvalidRequestError(f"request_id: {request_id!r} is open already")
         if isinstance(sampling, SamplingParams):
             sampling = sampling.to_mapping()
-        return protocol.Submit(
+        try:
+            packed_ids = None if token_ids is None else protocol.pack_i32(token_ids)
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"token_ids: expected 32-bit whole numbers: {error}"
+            ) from None
+        submit = protocol.Submit(
             request_id=request_id or f"req-{uuid.uuid4().hex}",
             prompt=prompt,
             messages=None if messages is None else [dict(message) for message in messages],
-            token_ids=None if token_ids is None else protocol.pack_i32(token_ids),
+            token_ids=packed_ids,
             sampling=dict(sampling or {}),
             template_kwargs=dict(template_kwargs or {}),
             stream=stream,
             seed_key=seed_key or "",
         )
+        _check_can_travel(submit)
+        return submit
 
     def add(self, state: RequestState, owner: _OwnerT) -> None:
+        """The request has been sent; call in the order of sending."""
         self.open[state.request_id] = (state, owner)
+
+    def ask_status(self) -> protocol.Status:
+        """A question for the status, which also tells which requests the coordinator has."""
+        self._asked_about.append(list(self.open))
+        return protocol.Status()
+
+    def _give_up_lost(self, open_request_ids: list[str]) -> None:
+        """Fail requests that were sent before the question and that the answer does not name.
+
+        It was restarted, or the connection broke and it takes us for somebody else now. The
+        socket keeps order, so what ended properly was heard of before this answer.
+        """
+        asked_about = self._asked_about.popleft() if self._asked_about else []
+        for request_id in set(asked_about).difference(open_request_ids).intersection(self.open):
+            lost = UnavailableError(f"{self.whereabouts}: it does not know this request any more")
+            self._end(request_id, error=lost)
 
     def handle(self, message: protocol.Message) -> None:
         """Take one message of the coordinator."""
@@ -157,6 +201,7 @@ class ClientSession(Generic[_OwnerT]):
         match message:
             case protocol.StatusReply():
                 self.status = message.status
+                self._give_up_lost(message.open_request_ids)
             case protocol.CancelReply():
                 self.num_cancelled = message.num_cancelled
             case protocol.Accepted():
@@ -186,7 +231,11 @@ class ClientSession(Generic[_OwnerT]):
         if finished is not None:
             state.finish(finished)
         state.error = error
-        self.ended.append(owner)
+        self.ended[owner] = None
+
+    def forget(self, owner: _OwnerT) -> None:
+        """Its outcome has been taken; nobody needs to be told that it ended."""
+        self.ended.pop(owner, None)
 
     def needs_sign_of_life(self) -> bool:
         """True when the coordinator has been silent for long and should be asked for status.
@@ -201,3 +250,15 @@ class ClientSession(Generic[_OwnerT]):
             self._asked_at_s = now_s
             return True
         return False
+
+
+def _check_can_travel(submit: protocol.Submit) -> None:
+    try:
+        packed = protocol.encode(submit)
+        protocol.decode(packed)
+    except (TypeError, ValueError, OverflowError, ProtocolError) as error:
+        raise InvalidRequestError(f"this request cannot be sent: {error}") from None
+    if len(packed) > MAX_SUBMIT_BYTES:
+        raise InvalidRequestError(
+            f"this request is {len(packed)} bytes; at most {MAX_SUBMIT_BYTES} can be sent"
+        )

@@ -160,6 +160,9 @@ class CoordinatorSettings:
     """Requests that may be open at once; more are refused."""
     max_prompt_tokens: int | None = None
     """Longest prompt; null: the context length."""
+    max_prompt_characters: int | None = None
+    """Longest prompt text, looked at before it is tokenised; null: 16 for each token that the
+    prompt may have."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest message from a client."""
     start_timeout_s: float = 1800.0
@@ -170,6 +173,7 @@ class CoordinatorSettings:
     def check(self) -> None:
         _at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
         _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
         _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
@@ -387,7 +391,8 @@ class Config:
     handoff: Literal["auto", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "reference"] = "auto"
-    """Implementation of the model's operations; ``reference`` is plain torch."""
+    """Implementation of the model's operations; ``reference`` is plain torch, which is all that
+    this version has."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe log line that goes to stderr."""
 

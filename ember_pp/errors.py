@@ -7,6 +7,8 @@ EmberError                  base of all; ``code`` is its name on the wire
     InvalidRequestError     this request can never be served                    (also ValueError)
     RequestAbortedError     the request was cancelled before it finished
     UnavailableError        the coordinator is draining, full or not yet there
+    NumericalError          the model gave NaN or infinite numbers for this request
+    PipelineError           the whole pipeline ended, and every open request with it
     CheckpointError         a checkpoint file or tensor is missing, extra, damaged or misshapen
     KernelArgumentError     a tensor has the wrong shape, dtype or device       (also ValueError)
     TransportError
@@ -95,6 +97,18 @@ class UnavailableError(EmberError):
     """The coordinator takes no new requests now: it drains, is full, or has not started."""
 
     code = "unavailable"
+
+
+class NumericalError(EmberError):
+    """The model gave NaN or infinite numbers for this request, so no token could be drawn."""
+
+    code = "numerical_error"
+
+
+class PipelineError(EmberError):
+    """The whole pipeline ended, and every open request with it; the text says why."""
+
+    code = "pipeline_failed"
 
 
 class CheckpointError(EmberError):

@@ -256,6 +256,8 @@ class StatusReply(Message):
 
     TAG: ClassVar[str] = "status_reply"
     status: dict[str, Any]
+    open_request_ids: list[str]
+    """Of the client that asks, as far as they are open here."""
 
 
 # stage -> coordinator
@@ -339,7 +341,7 @@ class Sampled(Message):
     epoch: int
     plan: int
     token_ids: bytes
-    """i32, one per row that samples."""
+    """i32, one per row that samples; -1 where the logits were NaN or infinite."""
     logprobs: list[TokenLogprobs | None]
     """One per row that samples, None where not asked for; empty when no row asks."""
 

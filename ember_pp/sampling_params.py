@@ -176,7 +176,7 @@ def derive_seed(base_seed: int, seed_key: str) -> int:
 
 def suggest(name: str, known: Any) -> str:
     """``; did you mean 'x'?`` for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -99,6 +99,8 @@ def _refuse_occupied(address: str) -> None:
     path = address.removeprefix("ipc://")
     if not address.startswith("ipc://") or not os.path.exists(path):
         return
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise AddressError(f"coordinator.address: {path} is a file, no socket; choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

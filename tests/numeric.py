@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LOGITS_FP32 = 1e-4
-"""Our fp32 logits against transformers' (design.md, section 7)."""
+"""Our fp32 logits against transformers'."""
 BF16_VS_OWN_FP32 = 1.25
 """Our bf16 error against fp32, over that of transformers' bf16 against the same fp32. Both are
 sums of thousands of roundings: they agree in size, not bit by bit. On the demo model and 120

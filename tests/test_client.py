@@ -56,8 +56,6 @@ def echo(message):
             for request_id in message.request_ids:
                 yield finished(request_id, reason="abort")
             yield protocol.CancelReply(len(message.request_ids))
-        case protocol.Status():
-            yield protocol.StatusReply({"phase": "ready"})
 
 
 class FakeCoordinator:
@@ -65,6 +63,7 @@ class FakeCoordinator:
         self.directory = PrivateDirectory()
         self.address = self.directory.address("c")
         self.received = []
+        self.silent_ids = set()
         self._answer = answer
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -87,6 +86,11 @@ class FakeCoordinator:
             wait_readable([router], [], 0.02)
             for identity, message in router.receive_all():
                 self.received.append(message)
+                if isinstance(message, protocol.Submit) and message.prompt == "silent":
+                    self.silent_ids.add(message.request_id)
+                if isinstance(message, protocol.Status):
+                    reply = protocol.StatusReply({"phase": "ready"}, sorted(self.silent_ids))
+                    router.send(identity, reply)
                 for reply in self._answer(message) or ():
                     router.send(identity, reply)
         router.close()
@@ -242,3 +246,66 @@ def test_the_async_client_names_a_coordinator_that_is_not_there():
 
     with PrivateDirectory() as directory, pytest.raises(EmberError, match="is it running"):
         asyncio.run(talk(directory.address("no")))
+
+
+def test_requests_that_the_coordinator_forgot_fail(coordinator):
+    """It was restarted, or takes the client for a new one after the connection broke."""
+    with Client(coordinator.address, timeout_s=0.4) as client:
+        request = client.submit("silent")
+        client.status()
+        coordinator.silent_ids.clear()
+        with pytest.raises(UnavailableError, match="does not know this request any more"):
+            request.result(10.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_ids": [2**40]}, "token_ids: expected 32-bit whole numbers"),
+        ({"token_ids": ["a"]}, "token_ids: expected 32-bit whole numbers"),
+        ({"prompt": "\ud800"}, "cannot be sent"),
+        ({"prompt": 5}, r"cannot be sent: Submit\.prompt: expected str"),
+        ({"prompt": "x" * (16 * 1024 * 1024)}, "at most 16777216 can be sent"),
+    ],
+)
+def test_what_cannot_travel_is_refused_here(client, options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        client.submit(**options)
+    assert client.generate("still works").text == "still works"
+
+
+def test_an_id_that_is_open_is_refused_and_the_first_goes_on(client):
+    first = client.submit("silent", request_id="dup")
+    with pytest.raises(InvalidRequestError, match="'dup' is open already"):
+        client.submit("x", request_id="dup")
+    first.cancel()
+    assert first.result(5.0).finish_reason == "abort"
+
+
+def test_answers_that_were_taken_are_not_kept(client):
+    for _ in range(5):
+        client.generate("hello")
+    list(client.stream("hello"))
+    assert not client._session.ended
+
+
+def test_the_async_client_ends_waits_when_it_is_closed(coordinator):
+    async def talk():
+        async with AsyncClient(coordinator.address, timeout_s=5.0) as client:
+            request = await client.submit("silent")
+            waiting = asyncio.create_task(request.result())
+            await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError, match="closed"):
+            await asyncio.wait_for(waiting, 5.0)
+
+    asyncio.run(talk())
+
+
+def test_the_async_client_says_how_it_is_used(coordinator):
+    async def talk():
+        client = AsyncClient(coordinator.address)
+        with pytest.raises(UnavailableError, match="async with"):
+            await client.generate("x")
+        await client.close()
+
+    asyncio.run(talk())

@@ -22,6 +22,7 @@ KEYS = {
     "cache.prefix",
     "coordinator.address",
     "coordinator.max_message_bytes",
+    "coordinator.max_prompt_characters",
     "coordinator.max_prompt_tokens",
     "coordinator.max_queued_requests",
     "coordinator.shutdown_grace_s",

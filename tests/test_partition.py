@@ -94,7 +94,7 @@ def test_auto_is_the_best_of_all_splits(num_layers: int, num_stages: int, vocab_
 
 
 def test_auto_gives_the_head_its_layers_worth() -> None:
-    """The lm_head of a 0.6B model reads as much as 9.9 of its layers (design.md, section 1)."""
+    """The lm_head of a 0.6B model reads as much as 9.9 of its layers."""
     assert counts_of(split_layers(QWEN3_0_6B, 4)) == (9, 9, 9, 1)
     assert counts_of(split_layers(QWEN3_0_6B, 2)) == (19, 9)
     assert counts_of(split_layers(QWEN3_0_6B, 28)) == (1,) * 28

@@ -116,7 +116,7 @@ def test_to_mapping_and_back_is_the_same(params):
 @given(PARAMS)
 def test_a_mapping_survives_the_wire(params):
     opened = protocol.OpenSlot(0, 0, params.to_mapping(), 1, 0, b"", b"")
-    execute = protocol.Execute(0, 0, 0, b"", [opened], b"", b"", b"", b"", b"", None)
+    execute = protocol.Execute(0, 0, 0, b"", [opened], b"", b"", b"", b"", -1, False, None)
     decoded = protocol.decode(protocol.encode(execute))
     assert SamplingParams.from_mapping(decoded.open[0].sampling) == params
 

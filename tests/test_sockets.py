@@ -133,6 +133,14 @@ def test_a_socket_file_left_by_a_dead_process_is_taken_over(directory):
     RouterSocket(address, max_message_bytes=MAX_BYTES).close(linger_ms=0)
 
 
+def test_a_file_at_the_address_is_refused_and_kept(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("precious")
+    with pytest.raises(AddressError, match=r"notes\.txt is a file, no socket"):
+        RouterSocket(f"ipc://{path}", max_message_bytes=MAX_BYTES)
+    assert path.read_text() == "precious"
+
+
 def test_an_address_in_a_missing_folder_is_refused(directory):
     with pytest.raises(AddressError, match="cannot be used"):
         RouterSocket(directory.address("missing/socket"), max_message_bytes=MAX_BYTES)
@@ -142,7 +150,7 @@ def test_too_large_messages_end_the_connection_not_the_coordinator(directory):
     router = RouterSocket(directory.address("small"), max_message_bytes=2048)
     large, small = DealerSocket(router.address), DealerSocket(router.address, identity=b"small")
     large.send(protocol.CancelReply(1))
-    large.send(protocol.StatusReply({"x": "y" * 5000}))
+    large.send(protocol.StatusReply({"x": "y" * 5000}, []))
     small.send(protocol.Status())
     received, deadline_s = [], time.monotonic() + 5.0
     while len(received) < 2 and time.monotonic() < deadline_s:

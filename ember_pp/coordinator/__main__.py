@@ -35,9 +35,16 @@ def main() -> int:
         try:
             serve(config, stop)
         except EmberError as error:
-            print(json.dumps(error.to_wire()), flush=True)  # noqa: T201  the report to the job
+            _report(error)
             return EXIT_FAILED
+        except Exception as bug:
+            _report(EmberError(f"the coordinator failed: {type(bug).__name__}: {bug}"))
+            raise
     return EXIT_OK
+
+
+def _report(error: EmberError) -> None:
+    print(json.dumps(error.to_wire()), flush=True)  # noqa: T201  for the job
 
 
 def _end_with_parent(parent_pid: int) -> None:

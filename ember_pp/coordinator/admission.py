@@ -13,6 +13,8 @@ from ember_pp.errors import InvalidRequestError
 from ember_pp.sampling_params import SamplingParams, check_against_vocabulary, derive_seed
 from ember_pp.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
 
+_CHARACTERS_PER_TOKEN = 16  # English has about 4
+
 
 class Admission:
     """Turns submissions into requests, with the defaults and limits of this run."""
@@ -22,6 +24,11 @@ class Admission:
         self._tokenizer = preparation.tokenizer
         self._base_seed = config.sampling.seed
         self._eos_token_ids = frozenset(preparation.eos_token_ids)
+        limits = config.coordinator
+        most_tokens = limits.max_prompt_tokens or preparation.max_model_len
+        self._max_characters = limits.max_prompt_characters or (
+            _CHARACTERS_PER_TOKEN * min(most_tokens, preparation.max_model_len)
+        )
 
     def admit(self, client: bytes, submit: protocol.Submit) -> Request:
         """The request in ``submit``.
@@ -71,9 +78,19 @@ class Admission:
                 f"{given[0]}: this model has no tokenizer.json; send token_ids"
             )
         if submit.prompt is not None:
+            self._check_characters("prompt", submit.prompt)
             return self._tokenizer.encode(submit.prompt)
         text = self._tokenizer.render_chat(submit.messages or [], submit.template_kwargs)
+        self._check_characters("messages", text)
         return self._tokenizer.encode_rendered(text)
+
+    def _check_characters(self, field: str, text: str) -> None:
+        # Tokenising takes seconds for megabytes, and everybody else would wait for it.
+        if len(text) > self._max_characters:
+            raise InvalidRequestError(
+                f"{field}: {len(text)} characters; at most {self._max_characters} "
+                "(coordinator.max_prompt_characters)"
+            )
 
     def _check_prompt(self, prompt_ids: list[int]) -> None:
         if not prompt_ids:

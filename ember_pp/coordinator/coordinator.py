@@ -12,6 +12,7 @@ import contextlib
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ember_pp import __version__, protocol
@@ -29,7 +30,11 @@ from ember_pp.coordinator.trace_output import TraceOutput, check_trace
 from ember_pp.errors import (
     EmberError,
     InvalidRequestError,
+    NumericalError,
+    PipelineError,
     ProtocolError,
+    StageError,
+    TransportError,
     UnavailableError,
 )
 from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
@@ -38,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
 _START_CHECK_INTERVAL_S = 0.5
+_NO_TOKEN = (
+    "the model's logits are NaN or infinite for this request; check the checkpoint, or run with "
+    "model.dtype=float32"
+)
 
 
 class Coordinator:
@@ -73,7 +82,7 @@ class Coordinator:
         self._num_output_tokens = 0
         self._metrics = metrics
 
-    def run(self, stop: StopSignal) -> None:
+    def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> None:
         """Serve until a signal; open requests are then refused by name.
 
         Raises:
@@ -83,12 +92,18 @@ class Coordinator:
             for pipeline in self._pipelines:
                 pipeline.supervisor.start()
             while stop.name is None:
+                was_ready = self._is_ready
                 self._turn(stop.descriptor)
+                if self._is_ready and not was_ready:
+                    announce("ready")
             raise UnavailableError(f"the coordinator was asked to end ({stop.name})")
         except UnavailableError as ending:
             self._fail_all(ending)
         except EmberError as failure:
             self._fail_all(failure)
+            raise
+        except Exception as bug:
+            self._fail_all(PipelineError(f"the coordinator failed: {type(bug).__name__}: {bug}"))
             raise
         finally:
             for pipeline in self._pipelines:
@@ -123,7 +138,7 @@ class Coordinator:
         self._is_ready = True
         waiting, self._waiting_for_start = self._waiting_for_start, []
         for request in waiting:
-            if request.request_id in self._requests:
+            if self._requests.get(request.request_id) is request:  # else it was cancelled
                 self._queue_or_refuse(request)
 
     def _on_token(
@@ -132,6 +147,10 @@ class Coordinator:
         request = self._requests.get(sequence.request_id)
         if request is None or request.sequence is not sequence:
             return  # its client went away a moment ago
+        if token_id < 0:
+            self._release(request)
+            self._fail(request, NumericalError(_NO_TOKEN))
+            return
         self._num_output_tokens += 1
         finish_reason = request.on_token(token_id, logprobs)
         if finish_reason is not None:
@@ -157,7 +176,8 @@ class Coordinator:
             case protocol.Cancel():
                 self._on_cancel(client, message)
             case protocol.Status():
-                self._clients.send(client, protocol.StatusReply(self.status()))
+                own = [r.request_id for r in self._requests.values() if r.client == client]
+                self._clients.send(client, protocol.StatusReply(self.status(), own))
             case ProtocolError():
                 self._refuse(client, "", message)
             case _:
@@ -177,6 +197,11 @@ class Coordinator:
         except EmberError as error:
             self._refuse(client, submit.request_id, error)
             return
+        except Exception as bug:  # whatever one request does to us, the others go on
+            logger.exception("request %r", submit.request_id)
+            reason = f"this request made the coordinator fail: {type(bug).__name__}"
+            self._refuse(client, submit.request_id, EmberError(reason))
+            return
         self._requests[request.request_id] = request
         self._queue_or_refuse(request)
 
@@ -192,8 +217,7 @@ class Coordinator:
         try:
             scheduler.add(request.sequence)
         except InvalidRequestError as error:
-            del self._requests[request.request_id]
-            self._refuse(request.client, request.request_id, error)
+            self._fail(request, error)
             return
         accepted = protocol.Accepted(request.request_id, request.sequence.num_prompt_tokens)
         self._clients.send(request.client, accepted)
@@ -230,10 +254,16 @@ class Coordinator:
     def _refuse(self, client: bytes, request_id: str, error: EmberError) -> None:
         self._clients.send(client, protocol.RequestFailed(request_id, error.to_wire()))
 
+    def _fail(self, request: Request, error: EmberError) -> None:
+        self._requests.pop(request.request_id, None)
+        self._refuse(request.client, request.request_id, error)
+
     def _fail_all(self, error: EmberError) -> None:
-        for request in self._requests.values():
-            self._refuse(request.client, request.request_id, error)
-        self._requests.clear()
+        """Tell every client; by the class of the error, that it is not the request's own fault."""
+        if not isinstance(error, UnavailableError | TransportError | StageError):
+            error = PipelineError(str(error))
+        for request in list(self._requests.values()):
+            self._fail(request, error)
 
     # status
 
@@ -266,8 +296,16 @@ class Coordinator:
         }
 
 
-def serve(config: Config, stop: StopSignal, launcher: Launcher | None = None) -> None:
+def serve(
+    config: Config,
+    stop: StopSignal,
+    *,
+    launcher: Launcher | None = None,
+    announce: Callable[[str], None] = logger.info,
+) -> None:
     """Run a coordinator at ``coordinator.address`` until ``stop``; call from the main thread.
+
+    ``announce`` is told when clients can connect and when the stages take work.
 
     Raises:
         EmberError: the model, the settings or the address cannot be used, or a stage failed.
@@ -293,7 +331,9 @@ def serve(config: Config, stop: StopSignal, launcher: Launcher | None = None) ->
             ]
             if trace is not None:
                 stack.callback(trace.write)
-            Coordinator(config, preparation, clients, pipelines, metrics).run(stop)
+            coordinator = Coordinator(config, preparation, clients, pipelines, metrics)
+            announce(f"listening at {address}, loading")
+            coordinator.run(stop, announce)
     finally:
         clients.close()
         logger.info("served for %.1f s", time.monotonic() - started_s)

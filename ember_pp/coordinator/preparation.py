@@ -203,9 +203,7 @@ def with_profiles(
     profiles = [_find_profile(config, model_config, device, num_threads) for device in devices]
     if any(profile is None for profile in profiles):
         return [StageDevice(device) for device in devices]
-    return [
-        StageDevice(device, profile) for device, profile in zip(devices, profiles, strict=True)
-    ]
+    return [StageDevice(device, profile) for device, profile in zip(devices, profiles, strict=True)]
 
 
 def _find_profile(

@@ -210,7 +210,8 @@ class Supervisor:
         """Ask every stage to end, wait for the grace time, kill and reap what is left."""
         packed = protocol.encode(protocol.Shutdown(reason))
         for stage in self.stages:
-            self._router.send(stage.identity, packed)
+            if not self._router.send(stage.identity, packed):
+                stage.process.kill()  # it has not connected yet, or is gone: it will not hear
         grace_s = self._config.coordinator.shutdown_grace_s
         end_all([stage.process for stage in self.stages], grace_s=grace_s)
         self.stages = []

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from ember_pp.checkpoint import BUNDLED_MODEL, locate
 from ember_pp.config import BatchJob, Config
+from ember_pp.coordinator.preparation import prepare
 from ember_pp.errors import (
     EXIT_DRAINED,
     EXIT_FAILED,
@@ -159,6 +160,7 @@ class _Batch:
         manifest, requests = self._check_input()
         num_total = requests.ledger.num_pending + requests.num_bad
         if self._config.coordinator.address is None:
+            prepare(self._config)  # what is wrong with the settings, before a file is touched
             model = _local_model(self._config)
             self._prepare_output(manifest, model.fingerprint)
             if not num_total:

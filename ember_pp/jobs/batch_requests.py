@@ -192,6 +192,8 @@ class Requests:
         self._source = source
         self._shard = shard
         self.ledger = Ledger(answered)
+        self._bad_ids: dict[int, int] = {}
+        """Line of each id that a bad line has taken, by digest: a later one is a duplicate."""
         self.num_bad = 0
         """Bad lines of this shard."""
         self.num_lines = 0
@@ -208,7 +210,11 @@ class Requests:
         for line in self._source.lines():
             self.num_lines = line.number
             parsed = parse(line, self._source.max_line_bytes)
-            error = parsed.error if isinstance(parsed, BadLine) else self._note(parsed, changed)
+            if isinstance(parsed, BadLine):
+                error: InvalidRequestError | None = parsed.error
+                self._bad_ids.setdefault(digest(parsed.custom_id), line.number)
+            else:
+                error = self._note(parsed, changed)
             if error is not None:
                 self.num_bad += self._shard.owns(line.number)
                 problems.add(line.number, str(error))
@@ -238,7 +244,7 @@ class Requests:
             if isinstance(parsed, BadLine):
                 yield parsed
                 continue
-            number = self.ledger.line_number(parsed.custom_id)
+            number = self._line_of(parsed.custom_id, line.number)
             if number is None or number > line.number:
                 raise BatchInputError(
                     f"{self._source.place(line.number)}: changed while the job was reading it; "
@@ -249,8 +255,13 @@ class Requests:
             elif not self.ledger.is_answered(parsed.custom_id):
                 yield parsed
 
+    def _line_of(self, custom_id: str, number: int) -> int | None:
+        """The line that has this id, looked at from line ``number``."""
+        bad = self._bad_ids.get(digest(custom_id))
+        return bad if bad is not None and bad < number else self.ledger.line_number(custom_id)
+
     def _note(self, item: Item, changed: Problems) -> InvalidRequestError | None:
-        earlier = self.ledger.line_number(item.custom_id)
+        earlier = self._line_of(item.custom_id, item.number)
         if earlier is not None:
             return self._duplicate(item, earlier)
         is_mine = self._shard.owns(item.number)

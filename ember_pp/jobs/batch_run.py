@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ember_pp.client import Completion
 from ember_pp.errors import (
     EmberError,
+    PipelineError,
     RequestAbortedError,
     StageError,
     TransportError,
@@ -275,7 +276,7 @@ class BatchRun:
             line = self._writer.answer(submitted.item, completion)
         except UnavailableError:
             self._put_back(submitted)
-        except (TransportError, StageError) as error:
+        except (TransportError, StageError, PipelineError) as error:
             return error
         except EmberError as error:
             self._fail(submitted, error)

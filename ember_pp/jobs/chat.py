@@ -20,8 +20,8 @@ def run(config: Config) -> int:
     if not isinstance(config.job, ChatJob):
         raise AssertionError("dispatched by job.name")
     with open_client(config) as client:
-        _wait_until_ready(client)
-        _say(f"{config.model.path}: {_HELP}\n")
+        model = _wait_until_ready(client)
+        _say(f"{model}: {_HELP}\n")
         _Chat(client, config.job).run()
     return EXIT_OK
 
@@ -31,11 +31,13 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _wait_until_ready(client: Client) -> None:
+def _wait_until_ready(client: Client) -> str:
+    """The path of the model that answers."""
     _say("loading ...")
-    while client.status()["phase"] != "ready":
+    while (status := client.status())["phase"] != "ready":
         time.sleep(0.2)
     _say("\r            \r")
+    return str(status["model"]["path"])
 
 
 class _Chat:

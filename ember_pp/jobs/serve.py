@@ -16,7 +16,10 @@ def run(config: Config) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit code."""
     address = config.coordinator.address or default_address()
     coordinator = dataclasses.replace(config.coordinator, address=address)
-    print(f"serving at {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     with StopSignal() as stop:
-        serve(dataclasses.replace(config, coordinator=coordinator), stop)
+        serve(dataclasses.replace(config, coordinator=coordinator), stop, announce=_announce)
     return EXIT_OK
+
+
+def _announce(text: str) -> None:
+    print(f"ember-pp: {text} (Ctrl-C ends it)", file=sys.stderr, flush=True)

@@ -120,7 +120,8 @@ def add_logit_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, bias: Tensor
 
 def forbid_tokens(logits: Tensor, rows: Tensor, token_ids: Tensor) -> None:
     """``logits[rows[m], token_ids[m]] = -inf``, in place. Shapes as in ``add_logit_bias``."""
-    logits[rows, token_ids] = -torch.inf
+    # A scalar of the device: a Python number would be copied there, and waited for.
+    logits.index_put_((rows, token_ids), logits.new_full((), -torch.inf))
 
 
 def apply_repetition_penalty(

@@ -147,7 +147,7 @@ class StageRunner:
     def _feed_back(self, plan: int, token_ids: Tensor) -> None:
         """Give the first stage the inputs of its next decode rows, before the host reads them.
 
-        A row without a token (``sampling.NO_TOKEN``) ends the run in ``SampledTokens.read``;
+        A row without a token (``sampling.NO_TOKEN``) ends its request once the host sees it;
         until then the first stage may compute anything for it.
         """
         if self._feedback is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ember_pp import protocol
-from ember_pp.errors import EmberError, ProtocolError
+from ember_pp.errors import ProtocolError
 from ember_pp.kernels import sampling
 from ember_pp.sampling_params import SamplingParams
 
@@ -47,17 +47,10 @@ class SampledTokens:
     def read(self) -> list[int]:
         """The token ids on the host; waits for the device.
 
-        Raises:
-            EmberError: a row's logits were NaN or infinite, so that nothing could be drawn
-                (``sampling.NO_TOKEN`` in ``token_ids``); names slot and position.
+        ``sampling.NO_TOKEN`` where a row's logits were NaN or infinite, so that nothing could
+        be drawn: that request fails, the others go on.
         """
         token_ids: list[int] = self.token_ids.tolist()
-        if sampling.NO_TOKEN in token_ids:
-            row = token_ids.index(sampling.NO_TOKEN)
-            raise EmberError(
-                f"slot {self.slots[row]}, position {self.positions[row]}: the model's logits are "
-                "NaN or infinite; check the checkpoint, or run with model.dtype=float32"
-            )
         return token_ids
 
     @property
@@ -274,10 +267,6 @@ class Sampler:
         Shapes: logits [N, V] float32, left unchanged; ``slots`` and ``positions`` have N
         entries, a slot at most once. A position is the index in its sequence of the token to be
         drawn. Nothing waits for a CUDA device.
-
-        Raises:
-            EmberError: on CPU, a row's logits are NaN or infinite; on CUDA, see
-                ``SampledTokens.read``.
         """
         slots_key = tuple(slots)
         assert logits.shape == (len(slots_key), self._vocab_size), logits.shape
@@ -286,11 +275,8 @@ class Sampler:
             empty = torch.empty(0, dtype=torch.int64, device=self._device)
             return SampledTokens(empty, (), (), None)
         token_ids = self._draw(batch, self._adjusted(batch, logits, positions), positions)
-        sampled = SampledTokens(
-            token_ids, slots_key, tuple(positions), self._top_logprobs(batch, logits, token_ids)
-        )
-        if self._device.type == "cpu":
-            sampled.read()
+        top = self._top_logprobs(batch, logits, token_ids.clamp(min=0))
+        sampled = SampledTokens(token_ids, slots_key, tuple(positions), top)
         if batch.penalties is not None:
             penalties = batch.penalties
             self._log.append(

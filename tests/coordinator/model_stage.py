@@ -101,8 +101,7 @@ class ModelStage:
         assert 1 <= num_tokens <= self.max_tokens, f"{num_tokens} tokens in one plan"
 
         rows = [(slot, None, [self.slots[slot].last_token], True) for slot in roster]
-        # A plan stores all its tokens before any is read: reading first would hide a plan that
-        # overwrites what it shares.
+        # Draw only when all is stored, so that a row that overwrites another's place shows.
         written: set[tuple[int, int]] = set()
         drawing = []
         for slot, start, token_ids, samples in rows + chunks:
@@ -152,16 +151,15 @@ class ModelStage:
             start = slot.last_position + 1
         elif slot.last_position >= 0:
             assert start == slot.last_position + 1, "chunks follow each other"
+        if start:
+            place = self._place(slot, start - 1)
+            assert place not in written, "a row reads what another row of its plan stores"
+        before = self.kv[place] if start else b""
         for position, token in enumerate(token_ids, start):
-            before = b""
-            if position:
-                place = self._place(slot, position - 1)
-                assert place not in written or position > start, "reads what this plan writes"
-                before = self.kv[place]
             place = self._place(slot, position)
             assert place not in written, "two rows store into one place"
             written.add(place)
-            self.kv[place] = _store(before, token, position)
+            before = self.kv[place] = _store(before, token, position)
         slot.last_position = start + len(token_ids) - 1
 
     def _sample(self, slot: _Slot, plan: int) -> int:

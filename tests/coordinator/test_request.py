@@ -168,6 +168,7 @@ def test_seeds_follow_request_then_key_then_base(preparation):
         ({}, "expected one of prompt, messages and token_ids"),
         ({"prompt": "x", "token_ids": b""}, "expected one of"),
         ({"prompt": ""}, "prompt: empty"),
+        ({"prompt": "x" * 40_000}, r"prompt: 40000 characters; .*max_prompt_characters"),
         ({"token_ids": protocol.pack_i32([-1])}, "token_ids: expected ids"),
         ({"prompt": "x", "sampling": {"temprature": 1}}, "did you mean 'temperature'"),
         ({"prompt": "x", "sampling": {"stop_token_ids": [10**6]}}, "stop_token_ids"),

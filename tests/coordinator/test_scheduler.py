@@ -188,6 +188,16 @@ def test_spreads_a_burst_over_the_micro_batches():
     assert scheduler.next_plan() is None
 
 
+def test_a_plan_takes_its_share_of_the_prompt_tokens_that_wait():
+    scheduler = make_scheduler(max_in_flight=2)
+    add(scheduler, "a", "b", num_tokens=12)
+    add(scheduler, "c", "d", num_tokens=2)
+    assert chunks(scheduler.next_plan()) == [("A", 0, 12), ("b", 0, 2)]  # half of 28, not 16
+    assert chunks(scheduler.next_plan()) == [("C", 0, 2), ("D", 0, 2)]
+    come_back(scheduler)
+    assert chunks(scheduler.next_plan()) == [("B", 2, 12)]
+
+
 def test_fewer_sequences_than_micro_batches_get_a_plan_each():
     scheduler = make_scheduler(max_in_flight=4)
     add(scheduler, "a", "b")
@@ -404,6 +414,17 @@ def test_a_slot_in_flight_is_not_opened_again():
     assert come_back(scheduler) == ""
     plan = scheduler.next_plan()
     assert (plan.leave, [opened.slot for opened in plan.open]) == ([0], [0])
+
+
+def test_gives_the_slot_of_one_that_ended_to_one_other():
+    scheduler = make_scheduler(max_sequences=4)
+    a, b, _ = decoding(scheduler, "a", "b", "c")
+    for ended in (a, b):
+        scheduler.finish(ended)
+        step(scheduler)
+    add(scheduler, "d", "e", "f", "g")
+    assert sorted(opened.slot for opened in step(scheduler).open) == [0, 1, 3]
+    assert scheduler.stats()["num_waiting"] == 1
 
 
 def test_leaves_and_joins_keep_the_order_of_the_other_rows():

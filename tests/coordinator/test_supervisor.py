@@ -218,7 +218,7 @@ def test_a_foreign_exception_arrives_with_its_traceback(play):
 
 
 def test_a_start_that_takes_too_long_names_who_is_awaited(directory):
-    play = Play(directory, start_timeout_s=1e-6)
+    play = Play(directory, start_timeout_s=1e-9)
     play.hello(0)
     with pytest.raises(DeadlineExceededError, match=r"stages \[1, 2\] are still starting"):
         play.supervisor.check()

@@ -248,3 +248,16 @@ def test_shard_names_sort_in_order(tmp_path):
     assert names[2] == "out.03-of-16.jsonl"
     assert names == sorted(names)
     assert Shard.parse(None).name_file(tmp_path / "out.jsonl") == tmp_path / "out.jsonl"
+
+
+def test_an_id_that_a_bad_line_has_taken_is_taken(tmp_path):
+    content = (
+        b'{"custom_id": "x", "prompt": "a", "frobnicate": 1}\n{"custom_id": "x", "prompt": "b"}\n'
+    )
+    path = write(tmp_path / "in.jsonl", content)
+    with pytest.raises(BatchInputError) as refusal:
+        requests_of(path).check(skip_bad_lines=False)
+    assert f"custom_id: 'x' is also at {path}:1" in refusal.value.problems[1]
+    requests = requests_of(path)
+    requests.check(skip_bad_lines=True)
+    assert [type(parsed).__name__ for parsed in requests.pending()] == ["BadLine", "BadLine"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ember_pp.errors import EmberError, ProtocolError
+from ember_pp.errors import ProtocolError
 from ember_pp.kernels.sampling import NO_TOKEN
 from ember_pp.protocol import Execute, OpenSlot, pack_i32, pack_u32, unpack_i32
 from ember_pp.stage.input_batch import SlotTable
@@ -162,15 +162,14 @@ def test_a_single_stage_decodes_from_what_it_drew():
         assert unpack_i32(sampled.token_ids).tolist() == [token]
 
 
-def test_a_row_without_a_token_fails_by_name_on_the_last_stage_alone():
-    """Stage 0 gets some token in its place, or it would fail first, with a worse text."""
+def test_a_row_without_a_token_is_told_to_the_host_alone():
+    """Stage 0 gets some token in its place: what it computes for that row is thrown away."""
     feedback = FakeSink([])
     runner = make_runner([], source=FakeSource([]), feedback=feedback)
-    # As on a CUDA device, where it is noticed only when the host reads.
     broken = SampledTokens(torch.tensor([NO_TOKEN]), (0,), (3,), None)
     runner._sampler.sample = lambda logits, slots, positions: broken
-    with pytest.raises(EmberError, match="slot 0, position 3"):
-        runner.run(make_execute(0))
+    sampled = runner.run(make_execute(0))
+    assert list(unpack_i32(sampled.token_ids)) == [NO_TOKEN]
     [(_, token_ids)] = feedback.sent
     assert token_ids.tolist() == [[0]]
 
