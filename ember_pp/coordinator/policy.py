@@ -6,15 +6,14 @@ scheduler's. It is frozen and sees only a ``Load``, so equal loads always get eq
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-
-PlanTime = Callable[[int, int, int], float]
-"""Seconds that a stage takes for a plan of (decode rows, prompt tokens, context tokens)."""
+PlanTime = Callable[[float, float, float], float]
+"""Seconds of a plan of (decode rows, prompt tokens, context tokens); averages too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,51 +58,67 @@ class Policy(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Balanced:
-    """Plans that cost alike: equal shares of the sequences and of the tokens that wait."""
+    """Plans that cost alike: equal shares of the sequences, and prompt tokens by predicted time.
+
+    A plan reads the weights whatever it computes, so up to some size prompt tokens are nearly
+    free. An average plan takes these, and more only while that is worth it: a backlog of ``B``
+    tokens takes ``B / size`` plans, each of which keeps the ``M - 1`` other micro-batches
+    waiting. Of the sizes from the free one on, it takes the one with the least
+
+        (B / size + patience * (M - 1)) * time(size)
+
+    So it grows with the square root of the backlog, and a single micro-batch, which keeps nobody
+    waiting, takes all that it may. Every plan then takes what brings it to the time of this
+    average plan: less beside more decode rows, or far inside a long prompt.
+    """
 
     max_difference: int | None = 2
-    smoothness: float = 2.0
+    patience: float = 16.0
+    """How much the waiting of others counts. Chosen by ``benchmarks/schedule_replay.py``: with
+    less, TPOT grows at high load; with much more, prompts wait where no tokens are free."""
     slack: float = 0.05
-    """A plan may always take this share longer than one of decode rows alone."""
+    """Prompt tokens that make a plan longer by less than this share are free."""
 
     def sequence_share(self, num_wanted: int, num_microbatches: int) -> int:
         """An equal share, rounded up."""
         return -(-num_wanted // num_microbatches)
 
     def prefill_tokens(self, load: Load) -> int:
-        """What brings this plan to the cost that all of them are to have."""
-        time_s = load.plan_time_s or _count_tokens
-        limit_s = self._plan_limit_s(load, time_s)
-        context_tokens = load.num_context_tokens + load.num_begun_tokens
-        low, high = 0, min(load.backlog_tokens, load.max_tokens_per_plan)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if time_s(load.num_decodes, middle, context_tokens + middle) <= limit_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        """What brings this plan to the time of the average one."""
+        time_s = load.plan_time_s or count_tokens
+        sizes = range(1, min(load.backlog_tokens, load.max_tokens_per_plan) + 1)
+        limit_s = self._average_plan_s(load, time_s, sizes)
+        context = load.num_context_tokens + load.num_begun_tokens
+        return bisect.bisect_right(
+            sizes, limit_s, key=lambda size: time_s(load.num_decodes, size, context + size)
+        )
 
-    def _plan_limit_s(self, load: Load, time_s: PlanTime) -> float:
-        num_decodes = load.num_decoding / load.num_microbatches
-        context = load.num_decoding_context_tokens / load.num_microbatches
-        base_s = time_s(num_decodes, 0, context)
-        context += load.num_begun_tokens
-        weight = self.smoothness * load.num_microbatches
-        best_s, best = math.inf, 0.0
-        size = backlog = load.backlog_tokens
-        while size >= 1:
-            plan_s = time_s(num_decodes, size, context + size)
-            cost_s = (weight + backlog / size) * plan_s
-            if cost_s > best_s:
+    def _average_plan_s(self, load: Load, time_s: PlanTime, sizes: range) -> float:
+        decodes = load.num_decoding / load.num_microbatches
+        context = load.num_decoding_context_tokens / load.num_microbatches + load.num_begun_tokens
+        free_s = (1 + self.slack) * time_s(decodes, 0, context)
+
+        def plan_s(size: int) -> float:
+            return time_s(decodes, size, context + size)
+
+        size = max(1, bisect.bisect_right(sizes, free_s, key=plan_s))
+        size_s = plan_s(size)
+        weight, backlog = self.patience * (load.num_microbatches - 1), load.backlog_tokens
+        while size < len(sizes):
+            larger = min(len(sizes), size * 5 // 4 + 1)
+            larger_s = plan_s(larger)
+            if (weight + backlog / larger) * larger_s >= (weight + backlog / size) * size_s:
                 break
-            best_s, best = cost_s, plan_s
-            size = size * 4 // 5
-        return max(best, (1 + self.slack) * base_s)
+            size, size_s = larger, larger_s
+        return max(free_s, size_s)
 
 
-def _count_tokens(num_decodes: float, num_prefill_tokens: int, num_context_tokens: float) -> float:
-    return 64 + num_decodes + num_prefill_tokens
+_TOKENS_BESIDE = 64
+
+
+def count_tokens(num_decodes: float, num_prefill_tokens: float, num_context_tokens: float) -> float:
+    """Stands in for a prediction: the tokens of a plan, and as many as it costs to start one."""
+    return _TOKENS_BESIDE + num_decodes + num_prefill_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
