@@ -270,6 +270,14 @@ def test_keeps_a_sequence_in_its_micro_batch():
         assert (names(plan.decodes), plan.microbatch_id) == (rows, microbatch_id)
 
 
+def test_micro_batches_take_turns_where_fewer_plans_are_in_flight():
+    scheduler = make_scheduler(max_in_flight=1, num_microbatches=3)
+    add(scheduler, "a", "b", "c", "d", "e", "f")
+    for _ in range(3):
+        step(scheduler)
+    assert [names(step(scheduler).decodes) for _ in range(6)] == ["ab", "cd", "ef"] * 2
+
+
 def test_fills_a_plan_up_to_the_token_budget():
     scheduler = make_scheduler(max_tokens_per_plan=6)
     add(scheduler, "a", "b", "c", num_tokens=5)

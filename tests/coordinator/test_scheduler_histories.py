@@ -212,8 +212,9 @@ class History:
         return True
 
     def _plan(self) -> bool:
-        running = list(self.scheduler._running.values())
+        running, flying = list(self.scheduler._running.values()), self._in_flight()
         plan = self.scheduler.next_plan()
+        self._assert_the_youngest_were_preempted(running, flying)
         if plan is None:
             return False
         self._assert_the_oldest_moves_on(plan, running)
@@ -236,6 +237,21 @@ class History:
         for sequence, _ in self.open.values():
             if sequence.status is SequenceStatus.WAITING:
                 assert sequence.arrival > opened.arrival, f"{opened} passed {sequence}"
+
+    def _in_flight(self) -> set[Sequence]:
+        plans = self.scheduler.in_flight._plans
+        rows = {row for plan in plans for row in plan.rows}
+        return rows | {chunk.sequence for plan in plans for chunk in plan.chunks}
+
+    def _assert_the_youngest_were_preempted(
+        self, running: list[Sequence], flying: set[Sequence]
+    ) -> None:
+        """Nobody who is younger, and could have been preempted as well, goes on."""
+        preempted = [s.arrival for s in running if s.status is SequenceStatus.WAITING]
+        for other in running:
+            if preempted and other.arrival > min(preempted):
+                is_spared = other in flying or other.status is SequenceStatus.DRAINING
+                assert is_spared or other.status is SequenceStatus.WAITING, other
 
     def _assert_the_oldest_moves_on(self, plan: Plan, running: list[Sequence]) -> None:
         alive = [s for s in running if not (s.is_dropped or s.status is SequenceStatus.DRAINING)]
