@@ -15,16 +15,14 @@ import array
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 
 from ember_pp.coordinator.plan import Plan
+from ember_pp.coordinator.policy import PlanTime
 from ember_pp.coordinator.scheduler import Scheduler
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.sampling_params import SamplingParams
-
-PlanTime = Callable[[int, int, int], float]
-"""Seconds that a stage takes for a plan: (decode rows, prompt tokens, context tokens)."""
 
 _PERCENTILES = (50, 90, 99)
 _NEVER_S = math.inf
@@ -77,7 +75,7 @@ class Report:
     num_prompt_tokens: int
     num_plans: int
     num_sequence_steps: int
-    """Rows that drew a token, those past a stop included."""
+    """Rows that drew a token, over all plans, those past a stop included."""
     num_preemptions: int
     makespan_s: float
     """From the first arrival to the last token."""
@@ -110,24 +108,22 @@ class _Answer(Sequence):
 
     __slots__ = ("arrival_s", "first_s", "last_s", "longest_gap_s", "num_to_draw")
 
-    def __init__(self, index: int, arrival: Arrival, num_unknown: int) -> None:
-        num_prompt, num_output = arrival.num_prompt_tokens, arrival.num_output_tokens
+    def __init__(self, index: int, arrival: Arrival, max_tokens: int) -> None:
         # Token ids matter to the prefix cache alone, which is off.
-        prompt_ids = array.array("i", bytes(4 * num_prompt))
-        params = SamplingParams(max_tokens=num_output + num_unknown)
-        super().__init__(str(index), prompt_ids, params, seed=0)
+        prompt_ids = array.array("i", bytes(4 * arrival.num_prompt_tokens))
+        super().__init__(str(index), prompt_ids, SamplingParams(max_tokens=max_tokens), seed=0)
         self.arrival_s = arrival.time_s
-        self.num_to_draw = num_output
+        self.num_to_draw = arrival.num_output_tokens
         self.first_s = self.last_s = self.longest_gap_s = 0.0
 
 
 class _Stage:
     """A device that works through plans in order. All times in seconds of virtual time."""
 
-    __slots__ = ("busy_s", "free_s", "host_gap_s", "plan_time_s", "wait_input_s")
+    __slots__ = ("busy_s", "free_s", "host_gap_s", "kind", "wait_input_s")
 
-    def __init__(self, plan_time_s: PlanTime) -> None:
-        self.plan_time_s = plan_time_s
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
         self.free_s = self.busy_s = self.wait_input_s = self.host_gap_s = 0.0
 
     def run(self, time_s: float, plan_at_s: float, input_at_s: float, work_since_s: float) -> float:
@@ -161,13 +157,18 @@ class Simulation:
     ) -> None:
         self._scheduler = scheduler
         self._timing = timing or Timing()
-        self._stages = [_Stage(plan_time_s) for plan_time_s in stage_times_s]
-        self._has_equal_stages = len(set(stage_times_s)) == 1
+        self._kinds = list(dict.fromkeys(stage_times_s))
+        """What stages cost, each once: many are alike."""
+        self._stages = [_Stage(self._kinds.index(time_s)) for time_s in stage_times_s]
         self._returns: deque[tuple[float, Plan]] = deque()
         """Plans in flight, and when their tokens are at the coordinator."""
         self._left_s: list[float] = []
         """When each plan left the last stage, by plan number."""
-        self._done: list[_Answer] = []
+        self._ttft_s: list[float] = []
+        self._tpot_s: list[float] = []
+        self._max_gap_s: list[float] = []
+        self._num_output_tokens = self._num_prompt_tokens = 0
+        self._last_s = 0.0
         self._work_since_s = 0.0
         self._num_steps = 0
 
@@ -177,7 +178,7 @@ class Simulation:
         Raises:
             InvalidRequestError: a request that could not be served even alone.
         """
-        self._start()
+        assert not self._scheduler.in_flight.next_number, "a scheduler that was used before"
         pending = deque(arrivals)
         begin_s = now_s = pending[0].time_s if pending else 0.0
         num_requests = len(pending)
@@ -191,17 +192,17 @@ class Simulation:
                 self._add(num_requests - len(pending), pending.popleft())
             now_s = self._issue_plans(now_s)
         assert not self._scheduler.has_work, "nothing in flight, and yet something to do"
-        return self._report(begin_s, now_s)
-
-    def _start(self) -> None:
-        assert not self._scheduler.in_flight.next_number, "a scheduler that was used before"
+        return self._report(begin_s)
 
     def _add(self, index: int, arrival: Arrival) -> None:
         if not self._scheduler.has_work:
             self._work_since_s = arrival.time_s
-        # Past what is planned before the stop is seen: so the scheduler cannot know of it.
-        num_unknown = self._scheduler.run_ahead + 2
-        self._scheduler.add(_Answer(index, arrival, num_unknown))
+        # More than is planned before the stop is seen: so the scheduler cannot know of it. Only
+        # where the cache holds no more does the answer end where the scheduler says.
+        scheduler, num_output = self._scheduler, arrival.num_output_tokens
+        room = scheduler.limits.capacity_tokens - arrival.num_prompt_tokens
+        max_tokens = max(num_output, min(num_output + scheduler.run_ahead + 2, room))
+        scheduler.add(_Answer(index, arrival, max_tokens))
 
     def _take_tokens(self, now_s: float, plan: Plan) -> None:
         for sequence, _ in self._scheduler.complete(plan.number, [0] * plan.num_rows):
@@ -212,9 +213,20 @@ class Simulation:
             elif now_s - sequence.last_s > sequence.longest_gap_s:
                 sequence.longest_gap_s = now_s - sequence.last_s
             sequence.last_s = now_s
-            if num_drawn == sequence.num_to_draw:
+            is_full = sequence.num_tokens == sequence.max_total_tokens
+            if num_drawn == sequence.num_to_draw or is_full:
                 self._scheduler.finish(sequence)
-                self._done.append(sequence)
+                self._note(sequence)
+
+    def _note(self, answer: _Answer) -> None:
+        num_output = answer.num_output_tokens
+        self._num_output_tokens += num_output
+        self._num_prompt_tokens += answer.num_prompt_tokens
+        self._last_s = answer.last_s
+        self._ttft_s.append(answer.first_s - answer.arrival_s)
+        if num_output > 1:
+            self._tpot_s.append((answer.last_s - answer.first_s) / (num_output - 1))
+            self._max_gap_s.append(answer.longest_gap_s)
 
     def _issue_plans(self, now_s: float) -> float:
         """Make all plans that can be made; when the coordinator is through with it."""
@@ -233,32 +245,26 @@ class Simulation:
         """
         hop_s, work_since_s = self._timing.hop_s, self._work_since_s
         size = len(plan.decodes), plan.num_prefill_tokens, plan.num_context_tokens
-        time_s = self._stages[0].plan_time_s(*size)
+        times_s = [time_s(*size) for time_s in self._kinds]
         end_s = -hop_s
         if plan.feedback >= 0 and len(self._stages) > 1:
             end_s = self._left_s[plan.feedback]
         for stage in self._stages:
-            if not self._has_equal_stages:
-                time_s = stage.plan_time_s(*size)
-            end_s = stage.run(time_s, plan_at_s, end_s + hop_s, work_since_s)
+            end_s = stage.run(times_s[stage.kind], plan_at_s, end_s + hop_s, work_since_s)
         return end_s
 
-    def _report(self, begin_s: float, end_s: float) -> Report:
-        done = self._done
-        several = [answer for answer in done if answer.num_to_draw > 1]
+    def _report(self, begin_s: float) -> Report:
         return Report(
-            num_requests=len(done),
-            num_output_tokens=sum(len(answer.output_ids) for answer in done),
-            num_prompt_tokens=sum(answer.num_prompt_tokens for answer in done),
+            num_requests=len(self._ttft_s),
+            num_output_tokens=self._num_output_tokens,
+            num_prompt_tokens=self._num_prompt_tokens,
             num_plans=len(self._left_s),
             num_sequence_steps=self._num_steps,
             num_preemptions=self._scheduler.stats()["num_preemptions"],
-            makespan_s=max((answer.last_s for answer in done), default=begin_s) - begin_s,
-            ttft_s=percentiles([answer.first_s - answer.arrival_s for answer in done]),
-            tpot_s=percentiles(
-                [(answer.last_s - answer.first_s) / (answer.num_to_draw - 1) for answer in several]
-            ),
-            max_gap_s=percentiles([answer.longest_gap_s for answer in several]),
+            makespan_s=self._last_s - begin_s if self._ttft_s else 0.0,
+            ttft_s=percentiles(self._ttft_s),
+            tpot_s=percentiles(self._tpot_s),
+            max_gap_s=percentiles(self._max_gap_s),
             stages=[
                 StageTimes(
                     busy_s=stage.busy_s,
