@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
 
 from ember_pp.coordinator.block_manager import BlockManager
@@ -129,7 +130,7 @@ class Scheduler:
         self._microbatches = [Microbatch(index) for index in range(self.num_microbatches)]
         self._turns = deque(self._microbatches)  # the one planned longest ago first
         self._prefilling: list[Sequence] = []  # admitted, with known tokens to plan; by arrival
-        self._running: dict[int, Sequence] = {}  # by arrival
+        self._running: list[Sequence] = []  # by arrival
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
         self._retiring: dict[int, list[Sequence]] = {}  # ended in flight, by their last plan
         self._is_after_idle = True
@@ -193,9 +194,7 @@ class Scheduler:
     @property
     def num_open_tokens(self) -> int:
         """Known tokens of all sequences that wait or run: what a router calls load."""
-        return self._waiting.num_tokens + sum(
-            sequence.num_tokens for sequence in self._running.values()
-        )
+        return self._waiting.num_tokens + sum(sequence.num_tokens for sequence in self._running)
 
     def stats(self) -> dict[str, int]:
         """Counts for ``status``; those of preemptions and tokens are totals since the start."""
@@ -217,7 +216,7 @@ class Scheduler:
         Everything that ran waits again in the order of arrival, to be recomputed; what ended
         in flight is gone. Plan numbers start at 0 again.
         """
-        running = sorted(self._running.values(), key=_arrival)
+        running = self._running
         self._start_pipeline()
         for sequence in running:
             sequence.leave_engine()
@@ -323,13 +322,14 @@ class Scheduler:
         if not due and not joining:
             return []
         given: list[int] = []
+        victims = self._preemptible()
         # Oldest first: who gets a block here is older than any victim that comes after it.
         for sequence in sorted((*due, *joining), key=_arrival):
             if not self._needs_block(sequence, microbatch):
                 continue
             num_known = min(sequence.num_tokens, microbatch.num_planned_tokens(sequence))
             self._blocks.publish(sequence, num_known)
-            block = self._append_or_preempt(sequence)
+            block = self._append_or_preempt(sequence, victims)
             if block is not None:
                 given += (sequence.slot, block)
                 if sequence.roster_id == microbatch.index:
@@ -360,27 +360,28 @@ class Scheduler:
         num_held = len(sequence.block_table) * self._block_size
         return microbatch.num_planned_tokens(sequence) == num_held
 
-    def _append_or_preempt(self, sequence: Sequence) -> int | None:
-        """A block for ``sequence``; None if there is none, and no one younger to preempt."""
+    def _append_or_preempt(self, sequence: Sequence, victims: Iterator[Sequence]) -> int | None:
+        """A block for ``sequence``; None if there is none, and no one younger to preempt.
+
+        All rows of a plan share ``victims``: who could not be preempted for one cannot be for
+        the next, which is younger.
+        """
         while (block := self._blocks.append(sequence)) is None:
-            victims = [
-                other
-                for other in self._running.values()
-                if other.arrival > sequence.arrival and self._is_preemptible(other)
-            ]
-            if not victims:
+            victim = next(victims, None)
+            if victim is None or victim.arrival <= sequence.arrival:
                 return None
-            self._preempt(max(victims, key=_arrival))
+            self._preempt(victim)
         return block
 
-    def _is_preemptible(self, sequence: Sequence) -> bool:
-        return not (self._is_ending(sequence) or self._is_in_flight(sequence))
+    def _preemptible(self) -> Iterator[Sequence]:
+        """Running sequences that can give up their blocks now, the youngest first."""
+        for sequence in reversed(tuple(self._running)):
+            if not (self._is_ending(sequence) or self._is_in_flight(sequence)):
+                yield sequence
 
     def _is_oldest(self, sequence: Sequence) -> bool:
-        return not any(
-            other.arrival < sequence.arrival and not self._is_ending(other)
-            for other in self._running.values()
-        )
+        oldest = next((other for other in self._running if not self._is_ending(other)), None)
+        return oldest is sequence
 
     def _is_ending(self, sequence: Sequence) -> bool:
         """True if nothing is to be planned for a running sequence any more."""
@@ -503,7 +504,7 @@ class Scheduler:
             self._num_prefix_hit_tokens += sequence.num_cached_tokens
         sequence.num_admissions += 1
         bisect.insort(self._prefilling, sequence, key=_arrival)
-        self._running[sequence.arrival] = sequence
+        bisect.insort(self._running, sequence, key=_arrival)
         plan.open.append(open_slot(sequence))
         for block in sequence.block_table:
             plan.blocks += (sequence.slot, block)
@@ -533,7 +534,7 @@ class Scheduler:
         num_known = min(sequence.num_tokens, sequence.num_prefilled_tokens)
         self._blocks.publish(sequence, num_known)
         self._blocks.free(sequence)
-        del self._running[sequence.arrival]
+        del self._running[bisect.bisect_left(self._running, sequence.arrival, key=_arrival)]
         sequence.leave_engine()
 
     def _preempt(self, sequence: Sequence) -> None:

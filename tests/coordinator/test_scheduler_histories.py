@@ -159,7 +159,7 @@ class History:
         arrival = self.open[name][0].arrival
         ahead = sum(other.arrival < arrival for other, _ in self.open.values())
         # Those that ended in flight hold what they have until their last plan is back.
-        ahead += sum(other.is_dropped for other in self.scheduler._running.values())
+        ahead += sum(other.is_dropped for other in self.scheduler._running)
         self.num_ahead[name] = ahead, self.stage.next_plan
 
     def run(self) -> History:
@@ -212,7 +212,7 @@ class History:
         return True
 
     def _plan(self) -> bool:
-        running, flying = list(self.scheduler._running.values()), self._in_flight()
+        running, flying = list(self.scheduler._running), self._in_flight()
         plan = self.scheduler.next_plan()
         self._assert_the_youngest_were_preempted(running, flying)
         if plan is None:
@@ -307,14 +307,14 @@ class History:
         """Every block is free, evictable, or held as often as block tables name it."""
         blocks = self.scheduler._blocks
         named = collections.Counter(
-            block for sequence in self.scheduler._running.values() for block in sequence.block_table
+            block for sequence in self.scheduler._running for block in sequence.block_table
         )
         for block, count in enumerate(blocks._ref_counts):
             assert named[block] == count, f"block {block} is named {named[block]} times"
         idle = [*blocks._free, *blocks._evictable]
         assert len(set(idle)) == len(idle), "a block was freed twice"
         assert sorted(idle) == [b for b in range(blocks.num_blocks) if not named[b]]
-        slots = [sequence.slot for sequence in self.scheduler._running.values()]
+        slots = [sequence.slot for sequence in self.scheduler._running]
         assert len(set(slots)) == len(slots) <= self.limits.max_sequences
 
 
