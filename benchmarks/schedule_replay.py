@@ -140,6 +140,7 @@ def make_pipeline(cfg: ModelConfig, device: DeviceSpec, num_stages: int) -> Pipe
         (memory - _weight_bytes(cfg, layers, stage, num_stages))
         / partition.kv_bytes_per_token(cfg, counts[stage], BYTES_PER_ELEMENT)
         for stage, layers in enumerate(partition.layer_ranges(counts))
+        if counts[stage]
     ]
     costs = [cost(stage, count) for stage, count in enumerate(counts)]
     return Pipeline(costs, counts, int(min(kv_tokens)))
