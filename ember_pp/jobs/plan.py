@@ -6,6 +6,7 @@ the layers are measured first, in a child process; this one never loads torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -104,17 +105,33 @@ def choose_layout(
     layouts = list(factorizations(len(devices), cfg.num_layers))
     if is_given and wanted not in layouts:
         layouts.append(wanted)
+    fitting, failures = _predict_all(config, cfg, devices, layouts)
+    failure = failures.get(wanted if is_given else layouts[-1])
+    if failure is not None and (is_given or not fitting):
+        any_split = dataclasses.replace(
+            config, pipeline=dataclasses.replace(config.pipeline, split="auto")
+        )
+        would_fit, _ = _predict_all(any_split, cfg, devices, layouts)
+        text = _what_would_fit(any_split, cfg, devices, rank(list(would_fit.values())))
+        raise CapacityError(f"{failure}. {text}")
+    ranked = rank(list(fitting.values()))
+    return fitting[wanted] if is_given else ranked[0], ranked[:_NUM_SHOWN]
+
+
+def _predict_all(
+    config: Config,
+    cfg: ModelConfig,
+    devices: Sequence[DeviceSpec],
+    layouts: Sequence[tuple[int, int]],
+) -> tuple[dict[tuple[int, int], Prediction], dict[tuple[int, int], CapacityError]]:
+    """What fits, and why the others do not; by (replicas, stages)."""
     fitting, failures = {}, {}
     for layout in layouts:
         try:
             fitting[layout] = predict(config, cfg, devices, *layout)
         except CapacityError as error:
             failures[layout] = error
-    ranked = rank(list(fitting.values()))
-    failure = failures.get(wanted if is_given else layouts[-1])
-    if failure is not None and (is_given or not fitting):
-        raise CapacityError(f"{failure}. {_help(config, cfg, devices, ranked)}")
-    return fitting[wanted] if is_given else ranked[0], ranked[:_NUM_SHOWN]
+    return fitting, failures
 
 
 def rank(predictions: Sequence[Prediction]) -> list[Prediction]:
@@ -129,7 +146,7 @@ def rank(predictions: Sequence[Prediction]) -> list[Prediction]:
     return sorted(predictions, key=key)
 
 
-def _help(
+def _what_would_fit(
     config: Config,
     cfg: ModelConfig,
     devices: Sequence[DeviceSpec],

@@ -123,11 +123,11 @@ def _memory(config: Config, chosen: Prediction) -> str:
 
 def _kv_lines(config: Config, chosen: Prediction) -> list[str]:
     num_tokens, workload, limit = chosen.num_kv_tokens, chosen.workload, chosen.limiting_stage
+    limiting = chosen.stages[limit].device.spec.name
     each = " in each replica" if chosen.num_replicas > 1 else ""
     lines = [
         f"KV cache: {num_tokens:,} tokens{each}, {num_tokens // workload.total_tokens:,} requests "
-        f"of {workload.total_tokens:,} tokens; stage {limit} ({chosen.stages[limit].device.spec.name}) "
-        "limits"
+        f"of {workload.total_tokens:,} tokens; stage {limit} ({limiting}) limits"
     ]
     num_wanted = -(-config.plan.sequences // chosen.num_replicas)
     if workload.sequences < num_wanted:
