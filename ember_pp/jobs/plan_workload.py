@@ -15,6 +15,7 @@ from ember_pp.config import Config
 from ember_pp.coordinator.policy import POLICIES
 from ember_pp.coordinator.scheduler import Scheduler
 from ember_pp.coordinator.simulator import Arrival, Report, Simulation, Timing
+from ember_pp.cost_model import PlanCost
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.jobs.plan_prediction import HOP_S, Prediction
 
@@ -63,13 +64,22 @@ def simulate(config: Config, prediction: Prediction) -> Simulated:
     fitting = [arrival for arrival in arrivals if _fits(scheduler, arrival)]
     if not fitting:
         raise ConfigError(f"plan.workload: {name}: none of {len(arrivals)} requests fits")
-    stage_times_s = [stage.cost.time_s for stage in prediction.stages]
     return Simulated(
         workload=name,
         num_replicas=prediction.num_replicas,
         num_skipped=len(arrivals) - len(fitting),
-        report=Simulation(scheduler, stage_times_s, Timing(hop_s=HOP_S)).run(fitting),
+        report=make_simulation(scheduler, prediction).run(fitting),
     )
+
+
+def make_simulation(scheduler: Scheduler, prediction: Prediction) -> Simulation:
+    """The stages of one replica in virtual time."""
+    costs: dict[PlanCost, PlanCost] = {}
+    for stage in prediction.stages:
+        costs.setdefault(stage.cost, stage.cost)
+    # Equal stages are given the same function, whose result the simulation can use again.
+    times_s = [costs[stage.cost].time_s for stage in prediction.stages]
+    return Simulation(scheduler, times_s, Timing(hop_s=HOP_S))
 
 
 def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
