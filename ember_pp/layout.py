@@ -8,8 +8,10 @@ arithmetic, no torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ember_pp import memory_model, partition
 from ember_pp.cost_model import PlanCost, PlanSize, Profile, stage_cost
@@ -41,7 +43,7 @@ class StageDevice:
         return measured or memory_model.CUDA_CONTEXT_BYTES
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """A model over the devices of a pipeline, or of equal replicas of it; layers not yet placed.
 
@@ -59,9 +61,13 @@ class Layout:
         """Of each replica."""
         return len(self.devices[0])
 
-    def devices_of(self, stage: int) -> list[StageDevice]:
+    def devices_of(self, stage: int) -> tuple[StageDevice, ...]:
         """The devices of one stage over all replicas, equal ones once."""
-        return list(dict.fromkeys(replica[stage] for replica in self.devices))
+        return self._devices_by_stage[stage]
+
+    @functools.cached_property
+    def _devices_by_stage(self) -> list[tuple[StageDevice, ...]]:
+        return [tuple(dict.fromkeys(column)) for column in zip(*self.devices, strict=True)]
 
     def cost(self, stage: int, num_layers: int, device: StageDevice) -> PlanCost:
         """What plans cost on this stage."""
@@ -185,19 +191,18 @@ def _table(
 ) -> CostTable:
     """``entry(stage, num_layers)`` of all that is possible, or only of what fits."""
     num_stages, num_layers = layout.num_stages, layout.cfg.num_layers
-
-    def is_possible(stage: int, count: int) -> bool:
-        if count < partition.least_count(stage, num_stages):
-            return False
-        return fits is None or fits[stage][count]
-
-    return [
-        [
-            entry(stage, count) if is_possible(stage, count) else None
-            for count in range(num_layers + 1)
-        ]
-        for stage in range(num_stages)
-    ]
+    rows: dict[Any, list[int | None]] = {}  # stages between the ends are alike on equal devices
+    table = []
+    for stage in range(num_stages):
+        kind = (layout.devices_of(stage), stage == 0, stage == num_stages - 1)
+        if kind not in rows:
+            least = partition.least_count(stage, num_stages)
+            rows[kind] = [
+                entry(stage, count) if count >= least and (not fits or fits[stage][count]) else None
+                for count in range(num_layers + 1)
+            ]
+        table.append(rows[kind])
+    return table
 
 
 def _picoseconds(layout: Layout, stage: int, num_layers: int, size: PlanSize) -> int:

@@ -142,7 +142,7 @@ def test_the_worst_replica_decides() -> None:
 
 def test_replicas_of_one_kind_are_one_device() -> None:
     layout = Layout(CFG, SETTINGS, [[device(), device(speed=2)]] * 3)
-    assert layout.devices_of(1) == [device(speed=2)]
+    assert layout.devices_of(1) == (device(speed=2),)
 
 
 def test_kv_blocks_are_what_is_left() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ember_pp.config import Config
@@ -191,24 +191,113 @@ def predict(
     split = config.pipeline.split
     if isinstance(split, list) and len(split) != num_stages:
         split = "auto"  # it is for another layout than this one
-    while True:
-        size = workload.steady_plan(num_microbatches, layout.settings.max_tokens_per_plan)
-        ranges = choose_split(layout, split, size=size, num_kv_tokens=workload.total_tokens)
-        num_kv_tokens = [
-            _num_kv_tokens(layout, stage, end - start) for stage, (start, end) in enumerate(ranges)
-        ]
-        num_fitting = min(num_kv_tokens) // workload.total_tokens
-        _check_kv(workload, min(num_kv_tokens))
-        if num_fitting >= workload.sequences:
-            break
-        # Not more at once than fit: a slot without a KV cache takes memory for its logits, and
-        # sequences would push each other out. With fewer, another split may be the best.
-        workload = dataclasses.replace(workload, sequences=num_fitting)
-        settings = dataclasses.replace(layout.settings, max_sequences=num_fitting)
-        layout = dataclasses.replace(layout, settings=settings)
+
+    def place(num_sequences: int) -> _Placement:
+        return _place(layout, split, workload, num_sequences, num_microbatches)
+
+    return _describe(_with_all_that_fit(place, workload.sequences), num_microbatches, max_in_flight)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Placement:
+    """Layers placed for some number of sequences at once."""
+
+    layout: Layout
+    workload: Workload
+    ranges: list[LayerRange]
+    num_kv_tokens: list[int]
+
+    @property
+    def num_fitting(self) -> int:
+        """Sequences that the KV cache holds."""
+        return min(self.num_kv_tokens) // self.workload.total_tokens
+
+    @property
+    def is_enough(self) -> bool:
+        """It holds all that are to run at once."""
+        return self.num_fitting >= self.workload.sequences
+
+
+def _place(
+    layout: Layout,
+    split: str | Sequence[int],
+    workload: Workload,
+    num_sequences: int,
+    num_microbatches: int,
+) -> _Placement:
+    settings = dataclasses.replace(layout.settings, max_sequences=num_sequences)
+    layout = dataclasses.replace(layout, settings=settings)
+    workload = dataclasses.replace(workload, sequences=num_sequences)
+    size = workload.steady_plan(num_microbatches, settings.max_tokens_per_plan)
+    ranges = choose_split(layout, split, size=size, num_kv_tokens=workload.total_tokens)
+    num_kv_tokens = [
+        _num_kv_tokens(layout, stage, end - start) for stage, (start, end) in enumerate(ranges)
+    ]
+    return _Placement(layout=layout, workload=workload, ranges=ranges, num_kv_tokens=num_kv_tokens)
+
+
+def _with_all_that_fit(place: Callable[[int], _Placement], num_wanted: int) -> _Placement:
+    """The placement for as many sequences as are wanted, or as fit at once.
+
+    Not more than fit: a slot without a KV cache takes memory for its logits, and sequences would
+    push each other out. And the split is for what runs.
+
+    Raises:
+        CapacityError: not even one fits.
+    """
+    found = _try_to(place, num_wanted)
+    if found is not None and found.is_enough:
+        return found
+    best = _try_to(place, found.num_fitting) if found is not None and found.num_fitting else None
+    if best is None or not best.is_enough:
+        best = place(1)
+        _check_kv(best.workload, min(best.num_kv_tokens))
+    # With more slots less memory is left for the KV cache, so no more fit than do here.
+    low, high = best.workload.sequences, min(num_wanted, best.num_fitting)
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = _try_to(place, middle)
+        if found is not None and found.is_enough:
+            best, low = found, middle
+        else:
+            high = middle - 1
+    return best
+
+
+def _try_to(place: Callable[[int], _Placement], num_sequences: int) -> _Placement | None:
+    try:
+        return place(num_sequences)
+    except CapacityError:
+        return None
+
+
+def _describe(placement: _Placement, num_microbatches: int, max_in_flight: int) -> Prediction:
+    layout, workload = placement.layout, placement.workload
+    most = layout.settings.max_tokens_per_plan
+    steady = workload.steady_plan(num_microbatches, most)
+    decode = workload.decode_plan(num_microbatches)
+    prefill = PlanSize(num_decodes=0, num_prefill_tokens=most, num_context_tokens=most)
+    num_blocks = min(placement.num_kv_tokens) // layout.settings.block_size
+    stages = []
+    for stage, (start, end) in enumerate(placement.ranges):
+        device = layout.devices[0][stage]
+        cost = layout.cost(stage, end - start, device)
+        held = layout.held(stage, end - start, device)
+        stages.append(
+            StagePrediction(
+                device=device,
+                layers=(start, end),
+                held=held.with_kv(num_blocks * layout.block_bytes(end - start)),
+                num_kv_tokens=placement.num_kv_tokens[stage],
+                cost=cost,
+                steady_s=steady.time_s(cost),
+                decode_s=decode.time_s(cost),
+                prefill_s=prefill.time_s(cost),
+            )
+        )
     return Prediction(
         layout=layout,
-        stages=_stages(layout, ranges, num_kv_tokens, workload, num_microbatches),
+        stages=stages,
         workload=workload,
         num_microbatches=num_microbatches,
         max_in_flight=max_in_flight,
@@ -299,35 +388,3 @@ def _num_kv_tokens(layout: Layout, stage: int, num_layers: int) -> int:
         most_blocks=settings.max_sequences * -(-settings.max_model_len // settings.block_size),
     )
     return num_blocks * settings.block_size
-
-
-def _stages(
-    layout: Layout,
-    ranges: Sequence[LayerRange],
-    num_kv_tokens: Sequence[int],
-    workload: Workload,
-    num_microbatches: int,
-) -> list[StagePrediction]:
-    settings, most = layout.settings, layout.settings.max_tokens_per_plan
-    steady = workload.steady_plan(num_microbatches, most)
-    decode = workload.decode_plan(num_microbatches)
-    prefill = PlanSize(num_decodes=0, num_prefill_tokens=most, num_context_tokens=most)
-    num_blocks = min(num_kv_tokens) // settings.block_size
-    stages = []
-    for stage, (start, end) in enumerate(ranges):
-        device = layout.devices[0][stage]
-        cost = layout.cost(stage, end - start, device)
-        held = layout.held(stage, end - start, device)
-        stages.append(
-            StagePrediction(
-                device=device,
-                layers=(start, end),
-                held=held.with_kv(num_blocks * layout.block_bytes(end - start)),
-                num_kv_tokens=num_kv_tokens[stage],
-                cost=cost,
-                steady_s=steady.time_s(cost),
-                decode_s=decode.time_s(cost),
-                prefill_s=prefill.time_s(cost),
-            )
-        )
-    return stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from ember_pp.config import Config
@@ -12,6 +13,7 @@ from ember_pp.model_config import ModelConfig
 from ember_pp.partition import stage_weight_bytes
 
 _GIB = 1024**3
+_MANY_STAGES = 8
 _KINDS = (
     ("weights", "layers"),
     ("embedding", "embedding"),
@@ -218,7 +220,6 @@ def render_simulation(simulated: Simulated) -> str:
         ("longest gap (ms)", report.max_gap_s, 1e3),
     ):
         rows.append([title, *(f"{values[key] * scale:.3g}" for key in (50, 90, 99))])
-    bubbles = ", ".join(f"{bubble:.1%}" for bubble in report.bubbles)
     replicas = f" (one of {simulated.num_replicas} replicas)" if simulated.num_replicas > 1 else ""
     skipped = (
         f"\n{simulated.num_skipped:,} requests left out: longer than the KV cache or the context"
@@ -229,8 +230,17 @@ def render_simulation(simulated: Simulated) -> str:
         f"\nsimulated: {simulated.workload}, {report.num_requests:,} requests in "
         f"{report.makespan_s:,.1f} s{replicas}\n{_table(rows)}\n"
         f"{simulated.output_tokens_per_s:,.0f} output tokens/s; {report.num_plans:,} plans; "
-        f"{report.num_preemptions:,} preemptions; bubble per stage {bubbles}{skipped}"
+        f"{report.num_preemptions:,} preemptions; {_bubbles(report.bubbles)}{skipped}"
     )
+
+
+def _bubbles(bubbles: Sequence[float]) -> str:
+    if len(bubbles) <= _MANY_STAGES:
+        return "bubble per stage " + ", ".join(f"{bubble:.1%}" for bubble in bubbles)
+    ends = " to ".join(
+        f"{bubble:.1%} (stage {bubbles.index(bubble)})" for bubble in (min(bubbles), max(bubbles))
+    )
+    return f"bubble {ends}, median {statistics.median(bubbles):.1%}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -113,6 +113,30 @@ def test_a_32b_model_on_4_cards_wants_stages(plan) -> None:
     assert re.search(r"stage \d \(RTX 3090\) limits", out)
 
 
+def test_no_more_run_at_once_than_fit(plan) -> None:
+    """Exactly: as many as are found are all that fit if so many are asked for, and one more
+    is not. The least of memory is left by the stage that is said to limit."""
+    given = ["model=qwen3-32b", "plan.devices=4xRTX 3090", "plan.output=p.json"]
+
+    def sequences(wanted: int) -> tuple[int, str]:
+        code, out, _ = plan(*given, f"plan.sequences={wanted}")
+        assert code == EXIT_OK
+        number: int = written(Path("p.json"))["plan"]["sequences"]
+        return number, out
+
+    found, out = sequences(256)
+    assert 20 < found < 256
+    assert f"Of the 256 requests, {found} fit at once" in out
+    chosen = written(Path("p.json"))["plan"]
+    assert chosen["kv_tokens"] // 768 >= found
+    left = [stage["memory_bytes"] - stage["bytes"]["total"] for stage in chosen["stages"]]
+    assert left[chosen["limiting_stage"]] == min(left)
+    number, out = sequences(found)
+    assert (number, "others wait" in out) == (found, False)
+    number, out = sequences(found + 1)
+    assert (number, "others wait" in out) == (found, True)
+
+
 def test_unequal_devices_get_unequal_shares(plan) -> None:
     arguments = ("model=qwen3-8b", "pipeline.stages=2", "plan.output=p.json")
     assert plan(*arguments, "plan.devices=[RTX 4090,L4]")[0] == EXIT_OK
