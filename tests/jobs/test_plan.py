@@ -6,6 +6,7 @@ import csv
 import json
 import lzma
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from ember_pp import __main__ as entry
 from ember_pp import config as configuration
 from ember_pp.coordinator.preparation import prepare
+from ember_pp.devices import known_cards
 from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError
 from ember_pp.jobs.plan_workload import read_trace
 
@@ -279,6 +281,35 @@ def test_a_checkpoint_folder_is_read_by_its_headers(plan, tiny_checkpoint, tmp_p
     code, _, err = plan(f"model.path={alone}", *devices)
     assert code == EXIT_CONFIG
     assert "model.embed_tokens.weight" in err
+
+
+# --------------------------------------------------------------------------------------
+# the page
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("shown", re.findall(r"^    \$ (.*\n(?:    .*\n|\n(?=    ))*)", PAGE, re.M))
+def test_the_page_shows_what_is_printed(plan, shown) -> None:
+    command, *lines = shown.splitlines()
+    program, *arguments = shlex.split(command)
+    assert (program, arguments[0]) == ("./launch.sh", "job=plan")
+    _, out, err = plan(*arguments[1:])
+    expected = "\n".join(line.removeprefix("    ") for line in lines)
+    assert (out + err).strip() == expected.strip()
+
+
+def test_the_page_has_the_table_of_cards() -> None:
+    rows = re.findall(
+        r"^\| (.*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (yes)? *\| (.*) \|$", PAGE, re.M
+    )
+    assert [(name, float(gib), float(bandwidth), float(flops), bool(ecc), source)
+            for name, gib, bandwidth, flops, ecc, source in rows] == [
+        (card.name, card.memory_gib, card.bandwidth_gbps, card.tflops, card.has_inline_ecc,
+         card.source)
+        for card in known_cards()
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------
