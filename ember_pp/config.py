@@ -235,7 +235,8 @@ class TraceSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
-    """The workload that layers are split for, and questions to ``job=plan`` (``docs/planning.md``)."""
+    """The workload that layers are split for, and what ``job=plan`` is asked
+    (``docs/planning.md``)."""
 
     devices: Any = "auto"
     """Devices to plan for: ``auto`` (those of this machine), the name of a card with a count, such

@@ -1,4 +1,4 @@
-"""How long a plan takes on a stage, and the best split of layers by that. No torch.
+"""How long a plan takes on a stage. Pure arithmetic, no torch.
 
 By default from counts: the bytes that must be read (weights once per plan, KV once per token
 attended to, logits) over the memory bandwidth, or the operations over the matrix rate, whichever
@@ -22,8 +22,6 @@ from ember_pp import partition
 from ember_pp.devices import DeviceSpec
 from ember_pp.model_config import ModelConfig
 
-__all__ = ["DeviceSpec", "PlanCost", "PlanSize", "Profile", "StageCost", "Workload", "stage_cost"]
-
 PROFILE_VERSION = 1
 
 # Logits of a row: written and read in the model's type, then written and read as float32 when
@@ -32,7 +30,7 @@ _FLOAT_LOGIT_BYTES = 8
 
 
 class PlanCost(Protocol):
-    """What a plan costs on one stage."""
+    """What plans cost on one stage."""
 
     def time_s(
         self, num_decodes: float, num_prefill_tokens: float, num_context_tokens: float
@@ -42,7 +40,7 @@ class PlanCost(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StageCost:
+class CountedCost:
     """A stage by counts; see ``stage_cost``."""
 
     weight_bytes: int
@@ -98,7 +96,6 @@ def stage_cost(
     cfg: ModelConfig,
     num_layers: int,
     *,
-    is_first: bool,
     is_last: bool,
     bytes_per_element: int,
     device: DeviceSpec,
@@ -110,7 +107,7 @@ def stage_cost(
     layers = num_layers * partition.layer_parameters(cfg)
     head = partition.head_parameters(cfg) if is_last else 0
     hidden_bytes = cfg.hidden_size * bytes_per_element
-    return StageCost(
+    return CountedCost(
         weight_bytes=(layers + head + (cfg.hidden_size if is_last else 0)) * bytes_per_element,
         kv_bytes_per_token=partition.kv_bytes_per_token(cfg, num_layers, bytes_per_element),
         bytes_per_token=2 * hidden_bytes,  # from the neighbour or the embedding; to the next

@@ -27,15 +27,17 @@ _CARDS_FILE = Path(__file__).with_name("cards.json")
 USABLE_SHARE = 0.985
 """Of a card's nominal memory, what CUDA reports as its total; the driver keeps the rest."""
 
+_ECC_SHARE = 15 / 16
+
 PLAN_OVERHEAD_S = 20e-6
 """Assumed where nothing was measured: launching a plan and handing it on."""
 
-# Rough on purpose, and the same on every machine, so that equal settings split layers equally.
+# Rough on purpose, and the same on every machine: a split depends on their ratio alone.
 _CPU_BANDWIDTH_PER_CORE = 10e9
 _CPU_FLOPS_PER_CORE = 40e9
 
 _COUNTED = re.compile(r"\s*(\d+)\s*[xX*]\s*(.+)")
-_FIELDS = ("name", "memory_gib", "bandwidth_gbps", "tflops")
+_NUMBERS = ("memory_gib", "bandwidth_gbps", "tflops")
 _MAX_DEVICES = 1024
 
 
@@ -69,11 +71,36 @@ class DeviceSpec:
 # named and described
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A row of ``cards.json``; numbers are the vendor's."""
+
+    name: str
+    memory_gib: float
+    bandwidth_gbps: float
+    tflops: float
+    has_inline_ecc: bool = False
+    driver: tuple[str, ...] = ()
+    """What the CUDA driver calls it."""
+    source: str = "described"
+
+    def spec(self) -> DeviceSpec:
+        """As a device to run on."""
+        share = USABLE_SHARE * (_ECC_SHARE if self.has_inline_ecc else 1)
+        return DeviceSpec(
+            name=self.name,
+            memory_bytes=int(self.memory_gib * share * _GIB),
+            bandwidth_bytes_per_s=self.bandwidth_gbps * 1e9,
+            flops_per_s=self.tflops * 1e12,
+            source=self.source,
+        )
+
+
 @functools.cache
-def known_cards() -> Mapping[str, DeviceSpec]:
-    """The cards of ``cards.json`` by name."""
-    cards = json.loads(_CARDS_FILE.read_text(encoding="utf-8"))["cards"]
-    return {card["name"]: _described(card, card["source"]) for card in cards}
+def known_cards() -> tuple[Card, ...]:
+    """The table that is shipped."""
+    rows = json.loads(_CARDS_FILE.read_text(encoding="utf-8"))["cards"]
+    return tuple(Card(**(row | {"driver": tuple(row["driver"])})) for row in rows)
 
 
 def parse_devices(value: Any) -> list[DeviceSpec]:
@@ -97,26 +124,34 @@ def _parse_item(item: Any) -> list[DeviceSpec]:
     if isinstance(item, str):
         counted = _COUNTED.fullmatch(item)
         count, name = (int(counted[1]), counted[2]) if counted else (1, item)
-        return [_card(name)] * min(count, _MAX_DEVICES + 1)
+        return [_by_name(name)] * min(count, _MAX_DEVICES + 1)
     if not isinstance(item, Mapping):
         raise ConfigError(f"plan.devices: expected a card's name or a map, got {item!r}")
     fields = dict(item)
     count = fields.pop("count", 1)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ConfigError(f"plan.devices: count: expected at least 1, got {count!r}")
-    return [_described(_complete(fields), "described")] * min(count, _MAX_DEVICES + 1)
+    return [_described(fields)] * min(count, _MAX_DEVICES + 1)
 
 
-def _card(name: str) -> DeviceSpec:
+def _by_name(name: str) -> DeviceSpec:
     if _plain(name) == "cpu":
         return cpu_device()
-    for known, card in known_cards().items():
-        if _plain(known) == _plain(name):
+    card = _find_card(name)
+    if card is None:
+        names = [known.name for known in known_cards()]
+        raise ConfigError(
+            f"plan.devices: no card {name!r} in the table{suggest(name, names)}; "
+            "describe it: {name: NAME, memory_gib: 24, bandwidth_gbps: 936, tflops: 71}"
+        )
+    return card.spec()
+
+
+def _find_card(name: str) -> Card | None:
+    for card in known_cards():
+        if _plain(name) in map(_plain, (card.name, *card.driver)):
             return card
-    raise ConfigError(
-        f"plan.devices: no card {name!r} in the table{suggest(name, list(known_cards()))}; "
-        "describe it: {name: NAME, memory_gib: 24, bandwidth_gbps: 936, tflops: 71}"
-    )
+    return None
 
 
 def _plain(name: str) -> str:
@@ -124,35 +159,23 @@ def _plain(name: str) -> str:
     return " ".join(word for word in words if word and word not in ("nvidia", "geforce"))
 
 
-def _complete(fields: dict[Any, Any]) -> dict[str, Any]:
+def _described(fields: Mapping[str, Any]) -> DeviceSpec:
     for field in fields:
-        if field not in _FIELDS:
-            known = [*_FIELDS, "count"]
+        if field not in ("name", *_NUMBERS):
+            known = ["name", *_NUMBERS, "count"]
             raise ConfigError(f"plan.devices: {field}: no such field{suggest(str(field), known)}")
     name = str(fields.get("name", "device"))
-    by_name = {_plain(card["name"]): card for card in _table()}
-    complete = dict(by_name.get(_plain(name), {})) | fields | {"name": name}
-    for field in _FIELDS[1:]:
-        value = complete.get(field)
+    card = _find_card(name)
+    for field in _NUMBERS:
+        value = fields.get(field, getattr(card, field, None))
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             got = "is missing" if value is None else f"expected above 0, got {value!r}"
             raise ConfigError(f"plan.devices: {name}: {field}: {got}")
-    return complete
-
-
-def _table() -> list[dict[str, Any]]:
-    cards: list[dict[str, Any]] = json.loads(_CARDS_FILE.read_text(encoding="utf-8"))["cards"]
-    return cards
-
-
-def _described(card: Mapping[str, Any], source: str) -> DeviceSpec:
-    return DeviceSpec(
-        name=card["name"],
-        memory_bytes=int(card["memory_gib"] * USABLE_SHARE * _GIB),
-        bandwidth_bytes_per_s=card["bandwidth_gbps"] * 1e9,
-        flops_per_s=card["tflops"] * 1e12,
-        source=source,
-    )
+    if card is None:
+        return Card(**(dict(fields) | {"name": name})).spec()
+    is_changed = any(fields[field] != getattr(card, field) for field in fields if field != "name")
+    changes = dict(fields) | ({"source": "described"} if is_changed else {})
+    return dataclasses.replace(card, **changes).spec()
 
 
 # --------------------------------------------------------------------------------------
@@ -237,10 +260,9 @@ def _ask(driver: Any, index: int) -> DeviceSpec:
     memory = ctypes.c_size_t(0)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     found = name.value.decode(errors="replace")
-    for card in _table():
-        if found in card["driver"]:
-            named = _described(card, card["source"])
-            return dataclasses.replace(named, name=found, memory_bytes=memory.value)
+    for card in known_cards():
+        if found in card.driver:
+            return dataclasses.replace(card.spec(), name=found, memory_bytes=memory.value)
     return _from_attributes(driver, device, found, memory.value)
 
 

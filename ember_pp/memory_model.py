@@ -16,7 +16,8 @@ CUDA_CONTEXT_BYTES = 512 * 1024**2
 and a card. A measured profile has the true number."""
 
 KV_SHARE_OF_FREE = 0.9
-"""Of what is free beside the weights, what a CUDA stage takes for KV and activations."""
+"""Of what is free beside the weights, what a GPU stage takes for KV and activations; the rest is
+for fragments, and for activations that were guessed too small."""
 
 _PAGE_BYTES = 4096
 _FLAGS_BYTES = 256
@@ -64,14 +65,19 @@ class StageBytes:
         return self.layers + self.embedding + self.lm_head
 
     @property
+    def loaded(self) -> int:
+        """What is there before the KV cache is."""
+        return self.weights + self.rope
+
+    @property
+    def allocated(self) -> int:
+        """Tensors that stay for the whole run: all but activations and context."""
+        return self.total - self.activations - self.context
+
+    @property
     def total(self) -> int:
         """Everything."""
         return sum(dataclasses.astuple(self))
-
-    @property
-    def state(self) -> int:
-        """What is allocated for the whole run on a CPU stage: all but activations and context."""
-        return self.total - self.activations - self.context
 
     def with_kv(self, num_bytes: int) -> StageBytes:
         """The same stage with a KV cache of ``num_bytes``."""
@@ -85,28 +91,27 @@ def stage_bytes(
     *,
     is_first: bool,
     is_last: bool,
-    kind: str,
-    context_bytes: int = CUDA_CONTEXT_BYTES,
+    is_cpu: bool,
+    context_bytes: int = 0,
 ) -> StageBytes:
     """All that a stage of ``num_layers`` layers holds, but for its KV cache.
 
     On a GPU, slots of an edge (path ``host_shm``) and tables are in host memory and not counted.
     """
     element, vocabulary = settings.bytes_per_element, partition.head_parameters(cfg)
-    is_cpu = kind == "cpu"
     is_shared = is_first and is_last and cfg.tie_word_embeddings
     norm = cfg.hidden_size if is_last else 0
     return StageBytes(
         layers=(num_layers * partition.layer_parameters(cfg) + norm) * element,
         embedding=vocabulary * element if is_first else 0,
         lm_head=vocabulary * element if is_last and not is_shared else 0,
-        rope=settings.max_model_len * cfg.head_dim * _ITEM_BYTES["float32"],
+        rope=settings.max_model_len * cfg.head_dim * _ITEM_BYTES["float32"] if num_layers else 0,
         tables=_table_bytes(settings, is_first=is_first) if is_cpu else 0,
         rings=ring_bytes(cfg, settings, is_first=is_first, is_last=is_last) if is_cpu else 0,
         activations=activation_bytes(
             cfg, settings.max_tokens_per_plan, settings.max_sequences if is_last else 0
         ),
-        context=0 if is_cpu else context_bytes,
+        context=context_bytes,
     )
 
 
@@ -139,16 +144,12 @@ def block_bytes(cfg: ModelConfig, num_layers: int, settings: StageSettings) -> i
     return settings.block_size * per_token
 
 
-def num_kv_blocks(memory_bytes: int, held: StageBytes, num_bytes: int, given: int | None) -> int:
-    """KV blocks of ``num_bytes`` each beside ``held`` on a GPU of ``memory_bytes``.
+def kv_budget_bytes(free_bytes: int, activation_bytes: int) -> int:
+    """What a GPU stage takes for its KV cache; negative where even activations do not fit.
 
-    Negative: so many are lacking for the activations alone. ``given`` is
-    ``StageSettings.kv_memory_bytes``.
+    ``free_bytes`` is what is free beside the context and what was loaded (``StageBytes.loaded``).
     """
-    if given is not None:
-        return given // num_bytes
-    free_bytes = memory_bytes - held.context - held.weights
-    return (int(KV_SHARE_OF_FREE * free_bytes) - held.activations) // num_bytes
+    return int(KV_SHARE_OF_FREE * free_bytes) - activation_bytes
 
 
 def _table_bytes(settings: StageSettings, *, is_first: bool) -> int:

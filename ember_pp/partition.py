@@ -1,10 +1,7 @@
 """Which layers each stage holds, and what a slice weighs. Pure arithmetic, no files, no torch.
 
 ``best_counts`` places layers by a table of costs, exactly. Where the table comes from is not its
-business: ``cost_model.py`` makes one from devices, memory and a workload. Without a table, the
-cost of a stage is the weight bytes that one decode step reads there: its layers, and on the last
-stage the final norm and the lm_head, which counts as several layers in a small model. The
-embedding costs nothing: a step reads a few rows of it.
+business: ``layout.py`` fills it from devices, memory and a workload.
 """
 
 from __future__ import annotations
@@ -22,26 +19,18 @@ Whole numbers of any unit, so that ties are exact."""
 
 
 def split_layers(
-    cfg: ModelConfig,
-    num_stages: int,
-    split: str | Sequence[int] = "auto",
-    *,
-    bytes_per_element: int = 2,
+    cfg: ModelConfig, num_stages: int, split: str | Sequence[int] = "equal"
 ) -> list[LayerRange]:
     """Half-open layer ranges ``[start_layer, end_layer)``, one per stage, in order.
 
-    ``split`` is ``auto`` (``best_counts`` by weight bytes), ``equal`` (counts differ by at most
-    one, the earlier stages taking the remainder), or the number of layers of each stage. The
-    last of several stages may have no layers: it then has the lm_head alone.
+    ``split`` is ``equal`` (counts differ by at most one, the earlier stages taking the
+    remainder), or the number of layers of each stage. The last of several stages may have no
+    layers: it then has the lm_head alone. For ``auto``, see ``layout.choose_split``.
 
     Raises:
         ConfigError: more stages than layers, or counts that do not add up.
     """
     check_num_stages(cfg, num_stages)
-    if split == "auto":
-        counts = best_counts(_weight_table(cfg, num_stages, bytes_per_element))
-        assert counts is not None, "every stage can hold layers"
-        return layer_ranges(counts)
     if split == "equal":
         each, extra = divmod(cfg.num_layers, num_stages)
         return layer_ranges([each + (stage < extra) for stage in range(num_stages)])
@@ -58,6 +47,11 @@ def check_num_stages(cfg: ModelConfig, num_stages: int) -> None:
             f"pipeline.stages: {num_stages} stages for a model of {cfg.num_layers} layers; "
             f"use at most {cfg.num_layers}"
         )
+
+
+def least_count(stage: int, num_stages: int) -> int:
+    """Layers that a stage must have: the last of several has the lm_head to do."""
+    return 0 if 0 < stage == num_stages - 1 else 1
 
 
 def layer_ranges(counts: Sequence[int]) -> list[LayerRange]:
@@ -129,25 +123,6 @@ def _given_counts(cfg: ModelConfig, num_stages: int, split: str | Sequence[int])
     return numbers
 
 
-def _weight_table(cfg: ModelConfig, num_stages: int, bytes_per_element: int) -> CostTable:
-    layer_bytes = layer_parameters(cfg) * bytes_per_element
-    head_bytes = (cfg.hidden_size + head_parameters(cfg)) * bytes_per_element
-    table = [
-        [
-            count * layer_bytes if count >= least_count(stage, num_stages) else None
-            for count in range(cfg.num_layers + 1)
-        ]
-        for stage in range(num_stages)
-    ]
-    table[-1] = [None if cost is None else cost + head_bytes for cost in table[-1]]
-    return table
-
-
-def least_count(stage: int, num_stages: int) -> int:
-    """Layers that a stage must have: the last of several has the lm_head to do."""
-    return 0 if 0 < stage == num_stages - 1 else 1
-
-
 # --------------------------------------------------------------------------------------
 # the best split of all
 
@@ -161,28 +136,27 @@ def best_counts(costs: CostTable, pressures: CostTable | None = None) -> list[in
 
     Three dynamic programs over (stages, layers), each bounded by what the one before found.
     """
-    num_layers = len(costs[0]) - 1
-    slowest = _least_maximum(costs, num_layers)
+    slowest = _least_maximum(costs)
     if slowest is None:
         return None
-    allowed = _at_most(costs, costs, slowest)
+    costs = _limited(costs, costs, slowest)
     if pressures is not None:
-        fullest = _least_maximum(_at_most(pressures, allowed, None), num_layers)
-        allowed = _at_most(pressures, allowed, fullest)
-        allowed = _at_most(costs, allowed, None)
-    return _most_even(allowed, num_layers)
+        pressures = _limited(pressures, costs, slowest)
+        fullest = _least_maximum(pressures)
+        if fullest is None:
+            return None
+        costs = _limited(costs, pressures, fullest)
+    return _most_even(costs)
 
 
-def _at_most(table: CostTable, allowed: CostTable, bound: int | None) -> CostTable:
-    """``table`` where ``allowed`` has an entry, up to ``bound``."""
+def _limited(table: CostTable, by: CostTable, bound: int) -> CostTable:
+    """``table`` where ``by`` has an entry of at most ``bound``; None elsewhere."""
     return [
         [
-            cost
-            if other is not None and cost is not None and (bound is None or cost <= bound)
-            else None
-            for cost, other in zip(row, allowed_row, strict=True)
+            cost if other is not None and other <= bound else None
+            for cost, other in zip(row, by_row, strict=True)
         ]
-        for row, allowed_row in zip(table, allowed, strict=True)
+        for row, by_row in zip(table, by, strict=True)
     ]
 
 
@@ -194,8 +168,9 @@ def _entries(row: Sequence[int | None], num_left: int) -> Iterator[tuple[int, in
             yield count, cost
 
 
-def _least_maximum(table: CostTable, num_layers: int) -> int | None:
-    """The least largest cost of all splits."""
+def _least_maximum(table: CostTable) -> int | None:
+    """The least largest cost of all splits; None if no split is possible."""
+    num_layers = len(table[0]) - 1
     best = {0: 0}  # layers used -> largest cost
     for row in table:
         reached: dict[int, int] = {}
@@ -208,7 +183,9 @@ def _least_maximum(table: CostTable, num_layers: int) -> int | None:
     return best.get(num_layers)
 
 
-def _most_even(table: CostTable, num_layers: int) -> list[int]:
+def _most_even(table: CostTable) -> list[int]:
+    """The split with the least sum of squared costs; one is known to be possible."""
+    num_layers = len(table[0]) - 1
     best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # layers used -> (squares, counts)
     for row in table:
         reached: dict[int, tuple[int, list[int]]] = {}

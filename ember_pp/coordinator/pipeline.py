@@ -137,6 +137,7 @@ class Pipeline:
             num_microbatches=self._preparation.num_microbatches,
             run_ahead=config.pipeline.run_ahead,
             policy=POLICIES[config.scheduler.policy],
+            plan_time_s=self._preparation.plan_cost.time_s,
         )
         if config.debug.record is not None:
             suffix = f".{self.replica}" if config.pipeline.replicas > 1 else ""

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ember_pp import __version__, partition
+from ember_pp import __version__
 from ember_pp.checkpoint import Checkpoint, locate, read_config, read_generation_config
 from ember_pp.config import Config, ModelSettings
-from ember_pp.cost_model import Profile, Workload, profile_path, read_profile
+from ember_pp.cost_model import PlanCost, Profile, Workload, profile_path, read_profile
 from ember_pp.devices import DeviceSpec, count_gpus, find_devices
 from ember_pp.errors import ConfigError
-from ember_pp.layout import Pipelines, StageDevice, choose_split
+from ember_pp.layout import Layout, StageDevice, choose_split
 from ember_pp.memory_model import StageSettings
 from ember_pp.model_config import ModelConfig
 from ember_pp.partition import LayerRange
@@ -45,8 +45,10 @@ class Preparation:
     """``SamplingParams`` fields from the checkpoint and the configuration."""
     max_model_len: int
     """Longest sequence in tokens."""
-    layer_ranges: list[tuple[int, int]]
+    layer_ranges: list[LayerRange]
     """Half-open layer range of each stage."""
+    plan_cost: PlanCost
+    """Predicted cost of plans on the slowest stage."""
     devices: list[str]
     """Device of each stage, replica after replica."""
     cpu_threads: int
@@ -82,6 +84,9 @@ def prepare(config: Config) -> Preparation:
     max_in_flight = config.pipeline.max_in_flight or default_max_in_flight(num_stages, run_ahead)
     max_model_len = choose_max_model_len(config.model, model_config)
     devices = choose_devices(config.pipeline.devices, num_processes, count_gpus())
+    layer_ranges, plan_cost = _place_layers(
+        config, model_config, devices, max_model_len, max_in_flight
+    )
     return Preparation(
         model_config=model_config,
         folder=folder,
@@ -89,7 +94,8 @@ def prepare(config: Config) -> Preparation:
         eos_token_ids=tuple(read_eos_token_ids(generation, model_json, tokenizer)),
         sampling_defaults=read_sampling_defaults(generation) | config.sampling.given(),
         max_model_len=max_model_len,
-        layer_ranges=_split_layers(config, model_config, devices, max_model_len, max_in_flight),
+        layer_ranges=layer_ranges,
+        plan_cost=plan_cost,
         devices=devices,
         cpu_threads=choose_cpu_threads(config, num_processes),
         max_in_flight=max_in_flight,
@@ -146,40 +152,33 @@ def _auto_device(stage_index: int, num_stages: int, num_gpus: int) -> str:
 # the split
 
 
-def _split_layers(
+def _place_layers(
     config: Config,
     model_config: ModelConfig,
     devices: Sequence[str],
     max_model_len: int,
     max_in_flight: int,
-) -> list[LayerRange]:
-    """Layers of each stage; ``auto`` is for the workload of ``plan``, within every memory."""
-    pipeline = config.pipeline
-    if pipeline.split != "auto":
-        return partition.split_layers(model_config, pipeline.stages, pipeline.split)
+) -> tuple[list[LayerRange], PlanCost]:
+    """Layers of each stage, for the workload of ``plan``, and the cost of the slowest stage."""
+    pipeline, scheduler = config.pipeline, config.scheduler
     num_threads = choose_cpu_threads(config, len(devices))
-    found = with_profiles(config, model_config, find_devices(devices), num_threads)
-    num_microbatches = choose_num_microbatches(pipeline.stages, max_in_flight, pipeline.run_ahead)
+    placed = with_profiles(config, model_config, find_devices(devices), num_threads)
+    layout = Layout(
+        model_config,
+        stage_settings(config, max_model_len, max_in_flight),
+        [placed[i : i + pipeline.stages] for i in range(0, len(placed), pipeline.stages)],
+    )
     workload = Workload(
         prompt_tokens=config.plan.prompt_tokens,
         output_tokens=config.plan.output_tokens,
-        sequences=min(
-            config.scheduler.max_sequences, -(-config.plan.sequences // pipeline.replicas)
-        ),
+        sequences=min(scheduler.max_sequences, -(-config.plan.sequences // pipeline.replicas)),
     )
-    return choose_split(
-        Pipelines(
-            model_config,
-            stage_settings(config, max_model_len, max_in_flight),
-            [
-                found[replica * pipeline.stages : (replica + 1) * pipeline.stages]
-                for replica in range(pipeline.replicas)
-            ],
-        ),
-        "auto",
-        size=workload.steady_plan(num_microbatches, config.scheduler.max_tokens_per_plan),
-        num_kv_tokens=config.cache.block_size * num_microbatches,
-    )
+    num_microbatches = choose_num_microbatches(pipeline.stages, max_in_flight, pipeline.run_ahead)
+    size = workload.steady_plan(num_microbatches, scheduler.max_tokens_per_plan)
+    # Less than this and nothing can run; how much more there is, the stages say.
+    num_kv_tokens = config.cache.block_size * num_microbatches
+    ranges = choose_split(layout, pipeline.split, size=size, num_kv_tokens=num_kv_tokens)
+    return ranges, layout.slowest_cost(ranges, size)
 
 
 def stage_settings(config: Config, max_model_len: int, max_in_flight: int) -> StageSettings:

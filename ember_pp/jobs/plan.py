@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ember_pp.checkpoint import Checkpoint, locate, read_config
+from ember_pp.checkpoint import BUNDLED_MODEL, Checkpoint, locate, read_config
 from ember_pp.config import Config, ModelSettings
 from ember_pp.coordinator.preparation import choose_devices
 from ember_pp.devices import (
@@ -26,12 +26,8 @@ from ember_pp.devices import (
 )
 from ember_pp.errors import EXIT_OK, CapacityError, ConfigError
 from ember_pp.jobs import plan_profile, plan_report, plan_workload
-from ember_pp.jobs.plan_layout import (
-    LayoutPlan,
-    factorizations,
-    plan_layout,
-    smallest_that_fits,
-)
+from ember_pp.jobs.plan_prediction import Prediction, factorizations, least_stages, predict
+from ember_pp.jobs.plan_workload import Simulated
 from ember_pp.model_config import ModelConfig
 
 _NUM_SHOWN = 3
@@ -50,33 +46,34 @@ def run(config: Config) -> int:
     devices = choose_plan_devices(config)
     if config.profile:
         plan_profile.measure_all(config, cfg, devices)
-    chosen, others = choose_layout(config, cfg, devices)
-    print(plan_report.render(config, cfg, devices, chosen, others), flush=True)
+    chosen, best = choose_layout(config, cfg, devices)
+    print(plan_report.render(config, cfg, devices, chosen, best), flush=True)
     simulated = None
     if config.plan.workload is not None:
         simulated = plan_workload.simulate(config, chosen)
         print(plan_report.render_simulation(simulated), flush=True)
     if config.plan.output is not None:
-        _write(config, chosen, others, simulated)
+        _write(config, chosen, best, simulated)
     return EXIT_OK
 
 
 def read_model(model: ModelSettings) -> ModelConfig:
-    """The architecture, from a preset or from ``config.json``; headers of weights are checked.
+    """The architecture, from ``config.json`` or a preset; headers of weights that are here are
+    checked.
 
     Raises:
         CheckpointError: there is no such model, or its files contradict each other.
     """
-    folder = None if model.path is None else Path(model.path).expanduser()
-    is_here = folder is not None and (folder / "config.json").is_file()
-    if model.architecture is not None and not is_here and model.path != "demo":
+    is_here = model.path is not None and (
+        model.path == BUNDLED_MODEL or (Path(model.path).expanduser() / "config.json").is_file()
+    )
+    if model.architecture is not None and not is_here:
         return ModelConfig.from_hf(model.architecture)  # a preset needs no files
-    if model.path is None:
-        raise ConfigError("model.path: missing; give a checkpoint folder, hub id or model=<preset>")
-    found = folder if is_here and folder is not None else locate(model.path, model.revision)
-    cfg = ModelConfig.from_hf(read_config(found))
-    if any(found.glob("*.safetensors*")):
-        Checkpoint.open(found).check(cfg)
+    assert model.path is not None, "ModelSettings.check asks for a path or an architecture"
+    folder = locate(model.path, model.revision, config_only=True)
+    cfg = ModelConfig.from_hf(read_config(folder))
+    if is_here and any(folder.glob("*.safetensors*")):
+        Checkpoint.open(folder).check(cfg)
     return cfg
 
 
@@ -95,56 +92,73 @@ def choose_plan_devices(config: Config) -> list[DeviceSpec]:
 
 def choose_layout(
     config: Config, cfg: ModelConfig, devices: Sequence[DeviceSpec]
-) -> tuple[LayoutPlan, list[LayoutPlan]]:
-    """The layout to use, and all that fit, the best first.
+) -> tuple[Prediction, list[Prediction]]:
+    """The layout to use, and the best ones that fit, the best first.
 
     With ``pipeline.stages`` or ``pipeline.replicas`` above 1 it is the one that they say.
 
     Raises:
-        CapacityError: nothing fits; says by how much, and what would.
+        CapacityError: it does not fit, or nothing does; says by how much, and what would.
     """
-    pipeline, failures, plans = config.pipeline, [], []
-    wanted = pipeline.replicas, pipeline.stages
-    layouts = list(factorizations(len(devices), cfg.num_layers))
+    wanted = (config.pipeline.replicas, config.pipeline.stages)
     is_given = wanted != (1, 1)
-    for layout in dict.fromkeys([wanted, *layouts] if is_given else layouts):
-        try:
-            plans.append(plan_layout(config, cfg, devices, *layout))
-        except CapacityError as error:
-            failures.append((layout, error))
-    ranked = rank(plans)
-    if is_given and failures and failures[0][0] == wanted:
-        raise CapacityError(f"{failures[0][1]}. {_help(config, cfg, devices, ranked)}")
-    if not plans:
-        raise CapacityError(f"{failures[-1][1]}. {_help(config, cfg, devices, [])}")
-    return (plans[0] if is_given else ranked[0]), ranked[:_NUM_SHOWN]
+    layouts = list(factorizations(len(devices), cfg.num_layers))
+    if is_given and wanted not in layouts:
+        layouts.append(wanted)
+    fitting, failures = _predict_all(config, cfg, devices, layouts)
+    failure = failures.get(wanted if is_given else layouts[-1])
+    if failure is not None and (is_given or not fitting):
+        any_split = dataclasses.replace(
+            config, pipeline=dataclasses.replace(config.pipeline, split="auto")
+        )
+        would_fit, _ = _predict_all(any_split, cfg, devices, layouts)
+        text = _what_would_fit(any_split, cfg, devices, rank(list(would_fit.values())))
+        raise CapacityError(f"{failure}. {text}")
+    ranked = rank(list(fitting.values()))
+    return fitting[wanted] if is_given else ranked[0], ranked[:_NUM_SHOWN]
 
 
-def rank(plans: Sequence[LayoutPlan]) -> list[LayoutPlan]:
-    """By throughput; of those that are about as good as the best, fewer stages first."""
-    best = max((plan.output_tokens_per_s for plan in plans), default=0.0)
-
-    def key(plan: LayoutPlan) -> tuple[int, float]:
-        if plan.output_tokens_per_s >= _IS_AS_GOOD * best:
-            return 0, len(plan.stages)
-        return 1, -plan.output_tokens_per_s
-
-    return sorted(plans, key=key)
-
-
-def _help(
+def _predict_all(
     config: Config,
     cfg: ModelConfig,
     devices: Sequence[DeviceSpec],
-    fitting: Sequence[LayoutPlan],
+    layouts: Sequence[tuple[int, int]],
+) -> tuple[dict[tuple[int, int], Prediction], dict[tuple[int, int], CapacityError]]:
+    """What fits, and why the others do not; by (replicas, stages)."""
+    fitting, failures = {}, {}
+    for layout in layouts:
+        try:
+            fitting[layout] = predict(config, cfg, devices, *layout)
+        except CapacityError as error:
+            failures[layout] = error
+    return fitting, failures
+
+
+def rank(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """By throughput; of those that are about as good as the best, fewer stages first."""
+    best = max((one.output_tokens_per_s for one in predictions), default=0.0)
+
+    def key(one: Prediction) -> tuple[int, float]:
+        if one.output_tokens_per_s >= _IS_AS_GOOD * best:
+            return 0, len(one.stages)
+        return 1, -one.output_tokens_per_s
+
+    return sorted(predictions, key=key)
+
+
+def _what_would_fit(
+    config: Config,
+    cfg: ModelConfig,
+    devices: Sequence[DeviceSpec],
+    fitting: Sequence[Prediction],
 ) -> str:
     if fitting:
-        listed = " or ".join(" ".join(plan.overrides(config)) for plan in fitting[:_NUM_SHOWN])
+        listed = " or ".join(" ".join(one.overrides(config)) for one in fitting[:_NUM_SHOWN])
         return f"These devices hold it with {listed}"
-    least = min(devices, key=lambda device: device.memory_bytes or 0)
-    num_stages = smallest_that_fits(config, cfg, least, len(devices))
-    if num_stages:
-        return f"It fits {num_stages} of {least.name}, as pipeline.stages={num_stages}"
+    least = min(devices, key=lambda device: device.memory_bytes or math.inf)
+    num_stages = least_stages(config, cfg, least, above=len(devices))
+    if num_stages is not None:
+        return f"It fits {num_stages} of {least.name}, with pipeline.stages={num_stages}"
     return (
         "More of these devices do not help: lower plan.prompt_tokens and plan.output_tokens, "
         "scheduler.max_tokens_per_plan or plan.sequences, or use devices with more memory"
@@ -152,7 +166,10 @@ def _help(
 
 
 def _write(
-    config: Config, chosen: LayoutPlan, others: Sequence[LayoutPlan], simulated: Any
+    config: Config,
+    chosen: Prediction,
+    best: Sequence[Prediction],
+    simulated: Simulated | None,
 ) -> None:
     path = Path(str(config.plan.output))
     plain = {
@@ -161,10 +178,10 @@ def _write(
             "output_tokens": config.plan.output_tokens,
             "sequences": config.plan.sequences,
         },
-        "overrides": plan_report.overrides(config, chosen),
+        "overrides": chosen.overrides(config),
         "plan": chosen.to_plain(),
-        "best": [plan.to_plain() for plan in others],
-        "simulation": None if simulated is None else dataclasses.asdict(simulated),
+        "best": [one.to_plain() | {"overrides": one.overrides(config)} for one in best],
+        "simulation": None if simulated is None else simulated.to_plain(),
     }
     try:
         partial = path.with_name(f".{path.name}.partial")

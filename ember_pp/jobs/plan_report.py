@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from ember_pp.config import Config
 from ember_pp.devices import DeviceSpec
-from ember_pp.jobs.plan_layout import LayoutPlan, StagePlan
+from ember_pp.jobs.plan_prediction import Prediction, StagePrediction
 from ember_pp.jobs.plan_workload import Simulated
 from ember_pp.model_config import ModelConfig
 from ember_pp.partition import stage_weight_bytes
 
 _GIB = 1024**3
+_MANY_STAGES = 8
 _KINDS = (
     ("weights", "layers"),
     ("embedding", "embedding"),
@@ -29,40 +31,31 @@ def render(
     config: Config,
     cfg: ModelConfig,
     devices: Sequence[DeviceSpec],
-    chosen: LayoutPlan,
-    best: Sequence[LayoutPlan],
+    chosen: Prediction,
+    best: Sequence[Prediction],
 ) -> str:
     """Everything that ``job=plan`` prints before a simulation."""
+    overrides = " ".join(_quoted(text) for text in chosen.overrides(config))
     return "\n\n".join(
         [
             _head(config, cfg, devices, chosen),
-            _memory(chosen),
+            _memory(config, chosen),
             _times(chosen),
             _comparison(config, devices, chosen, best),
-            "To run it:\n  ./launch.sh " + " ".join(_quoted(overrides(config, chosen))),
+            f"To run it, add these to the settings given here:\n  {overrides}",
         ]
     )
 
 
-def overrides(config: Config, chosen: LayoutPlan) -> list[str]:
-    """The settings that make a job run as planned."""
-    model = config.model
-    given = ["job=batch"]
-    given += [] if model.path is None else [f"model.path={model.path}"]
-    given += [] if model.dtype == "bfloat16" else [f"model.dtype={model.dtype}"]
-    if model.context_length is not None:
-        given.append(f"model.context_length={model.context_length}")
-    return given + chosen.overrides(config)
-
-
-def _quoted(given: Sequence[str]) -> list[str]:
-    return [f"'{text}'" if set(text) & set(" []{}$") else text for text in given]
+def _quoted(text: str) -> str:
+    """As a shell takes it."""
+    return f"'{text}'" if set(text) & set(" []{}$") else text
 
 
 def _head(
-    config: Config, cfg: ModelConfig, devices: Sequence[DeviceSpec], chosen: LayoutPlan
+    config: Config, cfg: ModelConfig, devices: Sequence[DeviceSpec], chosen: Prediction
 ) -> str:
-    settings, plan = chosen.pipelines.settings, config.plan
+    settings, plan = chosen.layout.settings, config.plan
     weights = stage_weight_bytes(
         cfg, (0, cfg.num_layers), is_first=True, is_last=True, bytes_per_element=1
     )
@@ -100,70 +93,75 @@ def _describe(device: DeviceSpec) -> str:
     )
 
 
-def layout_name(plan: LayoutPlan) -> str:
+def layout_name(plan: Prediction) -> str:
     """E.g. ``2 replicas of 4 stages``."""
     num_stages = len(plan.stages)
     stages = "1 stage" if num_stages == 1 else f"{num_stages} stages"
     return stages if plan.num_replicas == 1 else f"{plan.num_replicas} replicas of {stages}"
 
 
-def _memory(chosen: LayoutPlan) -> str:
+def _memory(config: Config, chosen: Prediction) -> str:
     kinds = [
         (title, name)
         for title, name in _KINDS
         if any(getattr(stage.held, name) for stage in chosen.stages)
     ]
-    rows = [["stage", "device", "layers", *(f"{title}" for title, _ in kinds), "total", "of"]]
+    rows = [["stage", "device", "layers", *(title for title, _ in kinds), "total", "of"]]
     for index, stage in enumerate(chosen.stages):
-        sizes = [_size(getattr(stage.held, name)) for _, name in kinds]
         start, end = stage.layers
-        layers = f"{end - start}" + (f" ({start}-{end - 1})" if end > start else "")
-        memory_bytes = stage.device.spec.memory_bytes
         rows.append(
             [
                 str(index),
                 stage.device.spec.name,
-                layers,
-                *sizes,
+                f"{end - start}" + (f" ({start}-{end - 1})" if end > start else ""),
+                *(_size(getattr(stage.held, name)) for _, name in kinds),
                 _size(stage.held.total),
-                "-" if memory_bytes is None else _size(memory_bytes),
+                _size(stage.device.spec.memory_bytes or 0),
             ]
         )
-    text = f"plan: {layout_name(chosen)}; GiB on each device\n" + _table(rows)
-    num_tokens, workload = chosen.num_kv_tokens, chosen.workload
-    limit = chosen.limiting_stage
-    fits = num_tokens // workload.total_tokens
+    title = f"plan: {layout_name(chosen)}; GiB on each device"
+    return "\n".join([title, _table(rows), *_kv_lines(config, chosen)])
+
+
+def _kv_lines(config: Config, chosen: Prediction) -> list[str]:
+    num_tokens, workload, limit = chosen.num_kv_tokens, chosen.workload, chosen.limiting_stage
+    limiting = chosen.stages[limit].device.spec.name
     each = " in each replica" if chosen.num_replicas > 1 else ""
-    return text + (
-        f"\nKV cache: {num_tokens:,} tokens{each}, {fits:,} requests of {workload.total_tokens:,}; "
-        f"stage {limit} ({chosen.stages[limit].device.spec.name}) limits"
-        + (
-            f"\nOf the {chosen.pipelines.settings.max_sequences} requests{each} at once, "
-            f"{workload.sequences} fit; the others wait."
-            if workload.sequences < chosen.pipelines.settings.max_sequences
-            else ""
+    lines = [
+        f"KV cache: {num_tokens:,} tokens{each}, {num_tokens // workload.total_tokens:,} requests "
+        f"of {workload.total_tokens:,} tokens; stage {limit} ({limiting}) limits"
+    ]
+    num_wanted = -(-config.plan.sequences // chosen.num_replicas)
+    if workload.sequences < num_wanted:
+        lines.append(
+            f"Of the {num_wanted} requests{each}, {workload.sequences} fit at once; others wait."
         )
-    )
+    return lines
 
 
 def _size(num_bytes: float) -> str:
+    if not num_bytes:
+        return "-"
     return f"{num_bytes / _GIB:.2f}" if num_bytes >= 0.005 * _GIB else f"{num_bytes / _GIB:.4f}"
 
 
-def _times(chosen: LayoutPlan) -> str:
-    def row(index: int, stage: StagePlan) -> list[str]:
+def _times(chosen: Prediction) -> str:
+    def row(index: int, stage: StagePrediction, bubble: float) -> list[str]:
         return [
             str(index),
             _ms(stage.decode_s),
             _ms(stage.steady_s),
             _ms(stage.prefill_s),
-            f"{stage.bubble:.1%}",
+            f"{bubble:.1%}",
         ]
 
     steady = chosen.steady
-    most = chosen.pipelines.settings.max_tokens_per_plan
+    most = chosen.layout.settings.max_tokens_per_plan
     rows = [["stage", "decode plan", "mixed plan", f"{most} prompt tokens", "bubble"]]
-    rows += [row(index, stage) for index, stage in enumerate(chosen.stages)]
+    rows += [
+        row(index, stage, bubble)
+        for index, (stage, bubble) in enumerate(zip(chosen.stages, chosen.bubbles, strict=True))
+    ]
     return (
         f"milliseconds of a plan; a mixed one has {steady.num_decodes:.0f} decodes and "
         f"{steady.num_prefill_tokens:.0f} prompt tokens\n"
@@ -180,7 +178,7 @@ def _ms(time_s: float) -> str:
 
 
 def _comparison(
-    config: Config, devices: Sequence[DeviceSpec], chosen: LayoutPlan, best: Sequence[LayoutPlan]
+    config: Config, devices: Sequence[DeviceSpec], chosen: Prediction, best: Sequence[Prediction]
 ) -> str:
     rows = [["layout", "output tokens/s", "token every (ms)", "KV tokens", "overrides"]]
     for plan in best:
@@ -190,14 +188,14 @@ def _comparison(
                 f"{plan.output_tokens_per_s:,.0f}",
                 _ms(plan.steady_s),
                 f"{plan.num_kv_tokens * plan.num_replicas:,}",
-                " ".join(plan.overrides(config)),
+                " ".join(_quoted(text) for text in plan.overrides(config)),
             ]
         )
     title = f"best layouts of {len(devices)} device{'s' if len(devices) > 1 else ''}"
     return f"{title}\n{_table(rows)}" + _advice(chosen, best)
 
 
-def _advice(chosen: LayoutPlan, best: Sequence[LayoutPlan]) -> str:
+def _advice(chosen: Prediction, best: Sequence[Prediction]) -> str:
     """Says when copies would do better than the stages that were asked for."""
     if not best:
         return ""
@@ -214,37 +212,51 @@ def _advice(chosen: LayoutPlan, best: Sequence[LayoutPlan]) -> str:
 
 def render_simulation(simulated: Simulated) -> str:
     """What a simulated workload came to."""
+    report = simulated.report
     rows = [["", "P50", "P90", "P99"]]
-    for title, values in (
-        ("first token after (s)", simulated.ttft_s),
-        ("token every (ms)", {key: value * 1e3 for key, value in simulated.tpot_s.items()}),
+    for title, values, scale in (
+        ("first token after (s)", report.ttft_s, 1.0),
+        ("a token every (ms)", report.tpot_s, 1e3),
+        ("longest gap (ms)", report.max_gap_s, 1e3),
     ):
-        rows.append([title, *(f"{values[key]:.3g}" for key in (50, 90, 99))])
-    bubbles = ", ".join(f"{bubble:.1%}" for bubble in simulated.bubbles)
+        rows.append([title, *(f"{values[key] * scale:.3g}" for key in (50, 90, 99))])
+    replicas = f" (one of {simulated.num_replicas} replicas)" if simulated.num_replicas > 1 else ""
     skipped = (
-        f"; {simulated.num_skipped} left out that are longer than the KV cache or the context"
+        f"\n{simulated.num_skipped:,} requests left out: longer than the KV cache or the context"
         if simulated.num_skipped
         else ""
     )
-    of = f" (one of {simulated.num_replicas} equal replicas)" if simulated.num_replicas > 1 else ""
     return (
-        f"\nsimulated: {simulated.num_requests:,} requests of {simulated.workload} in "
-        f"{simulated.makespan_s:,.1f} s{of}{skipped}\n{_table(rows)}\n"
-        f"{simulated.output_tokens_per_s:,.0f} output tokens/s; bubble per stage {bubbles}"
+        f"\nsimulated: {simulated.workload}, {report.num_requests:,} requests in "
+        f"{report.makespan_s:,.1f} s{replicas}\n{_table(rows)}\n"
+        f"{simulated.output_tokens_per_s:,.0f} output tokens/s; {report.num_plans:,} plans; "
+        f"{report.num_preemptions:,} preemptions; {_bubbles(report.bubbles)}{skipped}"
     )
 
 
+def _bubbles(bubbles: Sequence[float]) -> str:
+    if len(bubbles) <= _MANY_STAGES:
+        return "bubble per stage " + ", ".join(f"{bubble:.1%}" for bubble in bubbles)
+    ends = " to ".join(
+        f"{bubble:.1%} (stage {bubbles.index(bubble)})" for bubble in (min(bubbles), max(bubbles))
+    )
+    return f"bubble {ends}, median {statistics.median(bubbles):.1%}"
+
+
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Columns of numbers to the right, others to the left; the first row is the heading."""
+    columns = list(zip(*rows, strict=True))
+    is_right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if column in (0, 1) and not _is_number(cell) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_right, strict=True)
         ]
         lines.append("  " + "  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() and all(letter.isdigit() or letter in ".,%e-+" for letter in cell)
+    return cell == "-" or (cell[:1].isdigit() and set(cell) <= set("0123456789.,%e+-"))

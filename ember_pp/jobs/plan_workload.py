@@ -9,77 +9,88 @@ import gzip
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ember_pp.config import Config
 from ember_pp.coordinator.policy import POLICIES
-from ember_pp.coordinator.preparation import choose_num_microbatches
 from ember_pp.coordinator.scheduler import Scheduler
-from ember_pp.coordinator.simulator import Arrival, Simulation
+from ember_pp.coordinator.simulator import Arrival, Report, Simulation, Timing
+from ember_pp.cost_model import PlanCost
 from ember_pp.errors import ConfigError, InvalidRequestError
-from ember_pp.jobs.plan_layout import LayoutPlan
+from ember_pp.jobs.plan_prediction import HOP_S, Prediction
 
+SYNTHETIC = "synthetic"
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _SYNTHETIC_ROUNDS = 4
+"""Requests of the synthetic workload, for each that is open at once."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """What became of the requests; percentiles by their number."""
+    """What became of the requests of one replica."""
 
     workload: str
-    num_requests: int
-    """Of one replica."""
-    num_skipped: int
-    """That can never fit."""
     num_replicas: int
-    makespan_s: float
-    output_tokens_per_s: float
-    """Of all replicas."""
-    ttft_s: dict[int, float]
-    tpot_s: dict[int, float]
-    bubbles: list[float]
+    num_skipped: int
+    """Requests that can never fit."""
+    report: Report
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Of all replicas."""
+        return self.num_replicas * self.report.output_tokens_per_s
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "workload": self.workload,
+            "num_replicas": self.num_replicas,
+            "num_skipped": self.num_skipped,
+            "output_tokens_per_s": self.output_tokens_per_s,
+            "one_replica": self.report.to_plain(),
+        }
 
 
-def simulate(config: Config, plan: LayoutPlan) -> Simulated:
+def simulate(config: Config, prediction: Prediction) -> Simulated:
     """Serve ``plan.workload``; of several replicas one is simulated, with its share of requests.
 
     Raises:
         ConfigError: the file cannot be read or has other columns, or no request in it fits.
     """
     name = str(config.plan.workload)
-    arrivals = _synthetic(config) if name == "synthetic" else read_trace(Path(name))
-    arrivals = arrivals[: config.plan.max_requests][:: plan.num_replicas]
-    scheduler = _scheduler(config, plan)
+    arrivals = _synthetic(config) if name == SYNTHETIC else read_trace(Path(name))
+    arrivals = arrivals[: config.plan.max_requests][:: prediction.num_replicas]
+    scheduler = make_scheduler(config, prediction)
     fitting = [arrival for arrival in arrivals if _fits(scheduler, arrival)]
     if not fitting:
         raise ConfigError(f"plan.workload: {name}: none of {len(arrivals)} requests fits")
-    costs = [stage.cost for stage in plan.stages]
-    report = Simulation(scheduler, [cost.time_s for cost in costs]).run(fitting)
     return Simulated(
         workload=name,
-        num_requests=report.num_requests,
+        num_replicas=prediction.num_replicas,
         num_skipped=len(arrivals) - len(fitting),
-        num_replicas=plan.num_replicas,
-        makespan_s=report.makespan_s,
-        output_tokens_per_s=plan.num_replicas * report.output_tokens_per_s,
-        ttft_s=report.ttft_s,
-        tpot_s=report.tpot_s,
-        bubbles=report.bubbles,
+        report=make_simulation(scheduler, prediction).run(fitting),
     )
 
 
-def _scheduler(config: Config, plan: LayoutPlan) -> Scheduler:
-    settings = plan.pipelines.settings
-    costs = [stage.cost for stage in plan.stages]
-    slowest = max(costs, key=plan.steady.time_s)
+def make_simulation(scheduler: Scheduler, prediction: Prediction) -> Simulation:
+    """The stages of one replica in virtual time."""
+    costs: dict[PlanCost, PlanCost] = {}
+    for stage in prediction.stages:
+        costs.setdefault(stage.cost, stage.cost)
+    # Equal stages are given the same function, whose result the simulation can use again.
+    times_s = [costs[stage.cost].time_s for stage in prediction.stages]
+    return Simulation(scheduler, times_s, Timing(hop_s=HOP_S))
+
+
+def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
+    """The scheduler of one replica, as a run with this layout would have it."""
+    settings = prediction.layout.settings
+    slowest = max((stage.cost for stage in prediction.stages), key=prediction.steady.time_s)
     return Scheduler(
-        num_blocks=plan.num_kv_tokens // settings.block_size,
+        num_blocks=prediction.num_kv_tokens // settings.block_size,
         block_size=settings.block_size,
-        max_in_flight=plan.max_in_flight,
-        num_microbatches=choose_num_microbatches(
-            len(costs), plan.max_in_flight, config.pipeline.run_ahead
-        ),
+        max_in_flight=prediction.max_in_flight,
+        num_microbatches=prediction.num_microbatches,
         run_ahead=config.pipeline.run_ahead,
         max_sequences=settings.max_sequences,
         max_tokens_per_plan=settings.max_tokens_per_plan,
@@ -101,8 +112,8 @@ def _fits(scheduler: Scheduler, arrival: Arrival) -> bool:
 
 def _synthetic(config: Config) -> list[Arrival]:
     plan = config.plan
-    one = Arrival(0.0, plan.prompt_tokens, plan.output_tokens)
-    return [one] * (_SYNTHETIC_ROUNDS * plan.sequences)
+    arrival = Arrival(0.0, plan.prompt_tokens, plan.output_tokens)
+    return [arrival] * (_SYNTHETIC_ROUNDS * plan.sequences)
 
 
 def read_trace(path: Path) -> list[Arrival]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ember_pp.devices import cpu_name
-from ember_pp.memory_model import KV_SHARE_OF_FREE
+from ember_pp.memory_model import kv_budget_bytes
 
 _GIB = 1024**3
 _CPU_SHARE = 0.25
@@ -42,7 +42,7 @@ def num_cpu_blocks(
             any number.
         memory_gib: ``cache.memory_gib``; None takes a quarter of what is available, divided
             by the stages, since all of them are likely to share the machine.
-        num_stages: stages of the pipeline.
+        num_stages: stages of all replicas.
         most_blocks: what all sequences at full length need; more is not taken unasked.
     """
     if block_bytes == 0:
@@ -73,8 +73,7 @@ def num_cuda_blocks(
     if memory_gib is not None:
         return int(memory_gib * _GIB) // block_bytes
     part = total_bytes // num_stages_on_device - weight_bytes
-    budget = int(KV_SHARE_OF_FREE * min(free_bytes, part)) - activation_bytes
-    return max(0, budget) // block_bytes
+    return max(0, kv_budget_bytes(min(free_bytes, part), activation_bytes)) // block_bytes
 
 
 def _meminfo() -> dict[str, int]:

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import torch
 
 from ember_pp import config as configuration
-from ember_pp import partition
+from ember_pp import memory_model, partition
 from ember_pp.checkpoint import Checkpoint, locate
 from ember_pp.config import Config
 from ember_pp.errors import ProtocolError
@@ -330,7 +330,7 @@ class _Slice:
             return capacity.num_cpu_blocks(
                 self.block_bytes,
                 memory_gib=memory_gib,
-                num_stages=self.message.num_stages,
+                num_stages=self.config.pipeline.stages * self.config.pipeline.replicas,
                 most_blocks=self.message.max_slots * self.max_blocks_per_sequence,
             )
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
@@ -340,22 +340,22 @@ class _Slice:
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             weight_bytes=self.weight_bytes,
-            activation_bytes=self._activation_bytes(),
+            activation_bytes=memory_model.activation_bytes(
+                self.model_config,
+                self.config.scheduler.max_tokens_per_plan,
+                self.message.max_slots if self.is_last else 0,
+            ),
             num_stages_on_device=self._num_stages_on_device(),
         )
 
-    def _activation_bytes(self) -> int:
-        """A generous guess at what a forward needs at once, in float32 where the ops upcast."""
-        cfg, max_tokens = self.model_config, self.config.scheduler.max_tokens_per_plan
-        widest = 4 * cfg.hidden_size + 3 * cfg.intermediate_size + 3 * cfg.num_heads * cfg.head_dim
-        logits = 6 * self.message.max_slots * cfg.vocab_size if self.is_last else 0
-        return 4 * (max_tokens * widest + logits)
-
     def _num_stages_on_device(self) -> int:
-        devices, num_stages = self.config.pipeline.devices, self.message.num_stages
-        if isinstance(devices, list | tuple):
-            return max(1, list(devices).count(self.message.device))
-        return num_stages if devices != "auto" else -(-num_stages // torch.cuda.device_count())
+        pipeline = self.config.pipeline
+        if isinstance(pipeline.devices, list | tuple):
+            return max(1, list(pipeline.devices).count(self.message.device))
+        num_processes = pipeline.stages * pipeline.replicas
+        if pipeline.devices != "auto":
+            return num_processes
+        return -(-num_processes // torch.cuda.device_count())
 
     def make_runner(
         self, num_blocks: int, receiver: Receiver | None, sender: Sender | None
