@@ -23,7 +23,12 @@ class FakeModel:
     def __init__(self, log):
         self._log = log
 
-    def forward(self, inputs, hidden_states, kv_cache, on_layer=None):
+    def prepare(self, inputs, kv_cache):
+        self._log.append("prepare")
+        return inputs
+
+    def forward(self, inputs, hidden_states, kv_cache, on_layer=None, *, prepared):
+        assert prepared is inputs
         if hidden_states is None:
             hidden_states = inputs.token_ids[:, None].expand(-1, HIDDEN_SIZE).float()
         self._log.append("forward")
@@ -118,7 +123,7 @@ def test_a_middle_stage_receives_computes_sends_then_releases():
     log = []
     source, sink = FakeSource(log), FakeSink(log)
     assert make_runner(log, source=source, sink=sink).run(make_execute(9)) is None
-    assert log == ["receive", "forward", "send", "release"]
+    assert log == ["prepare", "receive", "forward", "send", "release"]
     [(plan, hidden_states)] = sink.sent
     assert plan == 9
     assert torch.equal(hidden_states, torch.arange(9.0).view(3, 3) + 9)
