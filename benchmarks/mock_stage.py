@@ -40,7 +40,9 @@ BY_HOST, ON_DEVICE = "by the host", "on the device"
 _PR_SET_TIMERSLACK = 29
 _LOOKING_NS = 30_000
 """To take a plan that is there is a wait of this length at most."""
-_HEADER, _KEPT_PLANS = 8, 256
+_HEADER = 8
+KEPT_PLANS = 256
+"""Start times on the board are of the last so many plans."""
 _TIME, _IS_ON_DEVICE, _DELAY = range(3)
 
 
@@ -48,7 +50,7 @@ class Board:
     """Settings of a measurement and the latest start times, in a file that all processes map."""
 
     def __init__(self, path: Path, num_stages: int) -> None:
-        num_bytes = 8 * (_HEADER + num_stages * _KEPT_PLANS)
+        num_bytes = 8 * (_HEADER + num_stages * KEPT_PLANS)
         if not path.exists():
             path.write_bytes(bytes(num_bytes))
         with path.open("r+b") as file:
@@ -77,11 +79,11 @@ class Board:
 
     def start_of(self, stage_index: int, plan: int) -> int:
         """When one of the last plans started on a stage; ns of the monotonic clock."""
-        return self._values[_HEADER + stage_index * _KEPT_PLANS + plan % _KEPT_PLANS]
+        return self._values[_HEADER + stage_index * KEPT_PLANS + plan % KEPT_PLANS]
 
     def set_start(self, stage_index: int, plan: int, start_ns: int) -> None:
         """A plan starts."""
-        self._values[_HEADER + stage_index * _KEPT_PLANS + plan % _KEPT_PLANS] = start_ns
+        self._values[_HEADER + stage_index * KEPT_PLANS + plan % KEPT_PLANS] = start_ns
 
 
 class SleepingModel:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import conditions
-from benchmarks.mock_stage import BY_HOST, ON_DEVICE, Board
+from benchmarks.mock_stage import BY_HOST, KEPT_PLANS, ON_DEVICE, Board
 from ember_pp import config as configuration
 from ember_pp.client import Client
 from ember_pp.coordinator import preparation
@@ -49,8 +49,8 @@ from ember_pp.coordinator.stop_signal import StopSignal
 SEQUENCES_PER_STAGE = 8
 WARM_UP_S, MEASURE_S = 0.5, 1.5
 READY_TIMEOUT_S = 120.0
-DELAYS_MS = (0.0, 0.5, 1.0)
-"""Of the slow coordinator, as parts of a stage time."""
+DELAYS = (0.0, 0.25, 0.5)
+"""What the slow coordinator sleeps in each turn, in stage times."""
 PROMPT_TOKENS, MAX_TOKENS = 4, 100_000
 ARCHITECTURE = {
     "model_type": "qwen3",
@@ -90,7 +90,7 @@ NOT_AHEAD = Settings("not ahead", 0, 0, 0)
 NOT_AHEAD_SLACK = Settings("not ahead, a micro-batch more", 1, 1, 0)
 ONE = Settings("one plan in flight", 0, 0, 0)
 ALL = (DEFAULT, SLACK, NOT_AHEAD, NOT_AHEAD_SLACK, ONE)
-OVERLAPPING = (DEFAULT, SLACK)
+OF_WORK = {ON_DEVICE: ALL, BY_HOST: (DEFAULT, SLACK, ONE)}
 
 
 class MockLauncher:
@@ -193,7 +193,7 @@ class Engine:
         first, first_cpu, first_s = client.status(), self._cpu_ns(), time.monotonic()
         time.sleep(MEASURE_S)
         last, last_cpu, last_s = client.status(), self._cpu_ns(), time.monotonic()
-        starts = self._starts()
+        starts = self._starts(round(first_s * 1e9))
         client.cancel(everyone=True)
         while client.status()["open_requests"]:
             time.sleep(0.01)
@@ -221,14 +221,13 @@ class Engine:
         """Of coordinator, stages, and the whole machine."""
         return [*(process_cpu_ns(pid) for pid in self._pids), machine_cpu_ns()]
 
-    def _starts(self) -> list[tuple[int, ...]]:
-        """When recent plans started on each stage, plans in order; a few are from the same time."""
+    def _starts(self, since_ns: int) -> list[tuple[int, ...]]:
+        """When recent plans started on each stage, in order, none that is under way."""
         rows = [
             tuple(self.board.start_of(stage, plan) for stage in range(self.num_stages))
-            for plan in range(256)
+            for plan in range(KEPT_PLANS)
         ]
-        rows.sort()
-        return rows[20:-20]
+        return sorted(row for row in rows if min(row) > since_ns and list(row) == sorted(row))
 
     def close(self) -> None:
         """End it."""
@@ -280,9 +279,7 @@ def calibrate(one: dict[str, Any], time_ms: float) -> Timing:
     """The simulator's times from a run with one plan in flight, where nothing overlaps."""
     time_ns, starts = time_ms * 1e6, one["starts"]
     hops_ns = [b - a - time_ns for row in starts for a, b in itertools.pairwise(row)]
-    ways_ns = [
-        after[0] - before[-1] - time_ns for before, after in itertools.pairwise(starts)
-    ]
+    ways_ns = [after[0] - before[-1] - time_ns for before, after in itertools.pairwise(starts)]
     host_us = one["cpu_us_per_plan"]["coordinator"]
     way_us = max(statistics.median(ways_ns) / 1e3, host_us)
     return Timing(
@@ -313,7 +310,7 @@ def simulate(
         return time_ms / 1e3
 
     report = Simulation(scheduler, [plan_time_s] * num_stages, timing).run(
-        [Arrival(0.0, PROMPT_TOKENS, 1000)] * num_sequences
+        [Arrival(0.0, PROMPT_TOKENS, 400)] * num_sequences
     )
     return {
         "plans_per_s": round(report.num_plans / report.makespan_s, 2),
@@ -325,10 +322,10 @@ def measure(
     by_name: dict[str, Engine], num_stages: int, time_ms: float, work: str, repeats: int
 ) -> dict[str, Any]:
     """All settings in turns."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in by_name}
+    runs: dict[str, list[dict[str, Any]]] = {settings.name: [] for settings in OF_WORK[work]}
     for _ in range(repeats):
-        for name, engine in by_name.items():
-            runs[name].append(engine.run(time_ms, work))
+        for name, of_settings in runs.items():
+            of_settings.append(by_name[name].run(time_ms, work))
     one = max(runs[ONE.name], key=lambda run: run["plans_per_s"])
     timing = calibrate(one, time_ms)
     result: dict[str, Any] = {
@@ -336,12 +333,13 @@ def measure(
         "stage_time_ms": time_ms,
         "work": work,
         "timing_us": {
-            field: round(value * 1e6, 1) for field, value in dataclasses.asdict(timing).items()
+            field.removesuffix("_s"): round(value * 1e6, 1)
+            for field, value in dataclasses.asdict(timing).items()
         },
         "settings": {},
     }
     ideal = 1e3 / time_ms
-    for settings in ALL:
+    for settings in OF_WORK[work]:
         rates = [run["plans_per_s"] for run in runs[settings.name]]
         best = max(runs[settings.name], key=lambda run: run["plans_per_s"])
         simulated = simulate(settings, num_stages, time_ms, timing)
@@ -369,9 +367,9 @@ def measure_slow_host(
     names = (DEFAULT.name, NOT_AHEAD.name, NOT_AHEAD_SLACK.name)
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     for _ in range(repeats):
-        for part in DELAYS_MS:
+        for delay in DELAYS:
             for name in names:
-                delay_ms = part * time_ms / 2
+                delay_ms = delay * time_ms
                 run = by_name[name].run(time_ms, ON_DEVICE, delay_ms)
                 rates[name].setdefault(f"{delay_ms:g}", []).append(run["tokens_per_s"])
     return {
