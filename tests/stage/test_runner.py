@@ -129,6 +129,31 @@ def test_a_middle_stage_receives_computes_sends_then_releases():
     assert torch.equal(hidden_states, torch.arange(9.0).view(3, 3) + 9)
 
 
+@dataclasses.dataclass
+class FakeFeedback:
+    """Token 7 for each row that is due."""
+
+    log: list
+
+    def receive(self, plan, num_tokens):
+        self.log.append("tokens")
+        return torch.full((num_tokens, 1), 7, dtype=torch.int32)
+
+    def release(self, plan):
+        """Nothing to give back."""
+
+
+def test_the_first_stage_prepares_before_it_waits_for_tokens():
+    log = []
+    sink = FakeSink(log)
+    runner = make_runner(log, sink=sink, feedback_source=FakeFeedback(log))
+    runner.run(make_execute(0))
+    log.clear()
+    runner.run(make_decode(1, join=[0]))
+    assert log == ["prepare", "tokens", "forward", "send"]
+    assert torch.equal(sink.sent[1][1], torch.full((1, HIDDEN_SIZE), 7.0 + 9.0))
+
+
 def test_the_last_stage_draws_what_the_logits_say():
     log = []
     runner = make_runner(log, source=FakeSource(log))
