@@ -9,8 +9,9 @@ stages without any cost beside their work, and with one plan in flight, which is
 without overlap does. ``mock_stage`` says what a stage's sleep stands for.
 
 What the simulator needs beside the stage time is measured in the same run, with one plan in
-flight: a hop (from the end of a stage to the start of the next), and the way through the
-coordinator (from the end of the last stage to the start of the next plan). So is, for each run,
+flight: a hop (from the end of a stage to the start of the next), the way through the
+coordinator (from the end of the last stage to the start of the next plan), and, where the host
+does the work of a stage, what else its thread does for a plan. So is, for each run,
 the CPU time of every process per plan, and what else the machine did meanwhile.
 
 The last part is a coordinator that sleeps in every turn before it makes plans: with a plan
@@ -209,6 +210,10 @@ class Engine:
                 "coordinator": round(cpu_ns[0] / num_plans / 1e3, 1),
                 "stages": [round(ns / num_plans / 1e3, 1) for ns in cpu_ns[1:-1]],
             },
+            "busy_us_per_plan": [
+                round((stage["busy_ns"] - before["busy_ns"]) / num_plans / 1e3, 1)
+                for before, stage in zip(first["stages"], last["stages"], strict=True)
+            ],
             "cores_used": round(sum(cpu_ns[:-1]) / 1e9 / elapsed_s, 2),
             "cores_used_by_others": round((cpu_ns[-1] - sum(cpu_ns[:-1])) / 1e9 / elapsed_s, 2),
             "shares": [
@@ -275,22 +280,47 @@ def engines(num_stages: int) -> Iterator[dict[str, Engine]]:
         yield {engine.settings.name: engine for engine in started}
 
 
-def calibrate(one: dict[str, Any], time_ms: float) -> Timing:
-    """The simulator's times from a run with one plan in flight, where nothing overlaps."""
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What the simulator needs, from a run with one plan in flight, where nothing overlaps."""
+
+    timing: Timing
+    host_work_s: list[float]
+    """Of the thread of each stage, for a plan; nothing where a device works beside it."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """In microseconds."""
+        timing = {
+            name.removesuffix("_s"): round(value * 1e6, 1)
+            for name, value in dataclasses.asdict(self.timing).items()
+        }
+        return timing | {"host_work": [round(value * 1e6, 1) for value in self.host_work_s]}
+
+
+def calibrate(one: dict[str, Any], time_ms: float, work: str) -> Calibration:
+    """From a run with one plan in flight.
+
+    Between the end of the sleep on a stage and its start on the next are a part of the host
+    work and what the hand-off takes; host work belongs to the stage, so the rest is the hop.
+    """
     time_ns, starts = time_ms * 1e6, one["starts"]
     hops_ns = [b - a - time_ns for row in starts for a, b in itertools.pairwise(row)]
     ways_ns = [after[0] - before[-1] - time_ns for before, after in itertools.pairwise(starts)]
     host_us = one["cpu_us_per_plan"]["coordinator"]
-    way_us = max(statistics.median(ways_ns) / 1e3, host_us)
-    return Timing(
-        hop_s=statistics.median(hops_ns) / 1e9,
-        latency_s=(way_us - host_us) / 2e6,
-        host_s=host_us / 1e6,
+    hop_us, way_us = statistics.median(hops_ns) / 1e3, statistics.median(ways_ns) / 1e3
+    host_work_us = [0.0] * len(one["busy_us_per_plan"])
+    if work == BY_HOST:
+        host_work_us = [busy_us - time_ms * 1e3 for busy_us in one["busy_us_per_plan"]]
+        hop_us = max(0.0, hop_us - statistics.median(host_work_us))
+        way_us -= host_work_us[-1]
+    timing = Timing(
+        hop_s=hop_us / 1e6, latency_s=max(0.0, way_us - host_us) / 2e6, host_s=host_us / 1e6
     )
+    return Calibration(timing, [us / 1e6 for us in host_work_us])
 
 
 def simulate(
-    settings: Settings, num_stages: int, time_ms: float, timing: Timing
+    settings: Settings, num_stages: int, time_ms: float, calibration: Calibration
 ) -> dict[str, float]:
     """The same in virtual time: the real scheduler, perfect stages."""
     num_sequences = SEQUENCES_PER_STAGE * num_stages
@@ -306,10 +336,9 @@ def simulate(
         run_ahead=settings.run_ahead,
     )
 
-    def plan_time_s(num_decodes: int, num_prefill_tokens: int, num_context_tokens: int) -> float:
-        return time_ms / 1e3
-
-    report = Simulation(scheduler, [plan_time_s] * num_stages, timing).run(
+    times_s = [time_ms / 1e3 + host_work_s for host_work_s in calibration.host_work_s]
+    costs = [lambda *_, time_s=time_s: time_s for time_s in times_s]
+    report = Simulation(scheduler, costs, calibration.timing).run(
         [Arrival(0.0, PROMPT_TOKENS, 400)] * num_sequences
     )
     return {
@@ -327,22 +356,19 @@ def measure(
         for name, of_settings in runs.items():
             of_settings.append(by_name[name].run(time_ms, work))
     one = max(runs[ONE.name], key=lambda run: run["plans_per_s"])
-    timing = calibrate(one, time_ms)
+    calibration = calibrate(one, time_ms, work)
     result: dict[str, Any] = {
         "stages": num_stages,
         "stage_time_ms": time_ms,
         "work": work,
-        "timing_us": {
-            field.removesuffix("_s"): round(value * 1e6, 1)
-            for field, value in dataclasses.asdict(timing).items()
-        },
+        "calibration_us": calibration.to_plain(),
         "settings": {},
     }
     ideal = 1e3 / time_ms
     for settings in OF_WORK[work]:
         rates = [run["plans_per_s"] for run in runs[settings.name]]
         best = max(runs[settings.name], key=lambda run: run["plans_per_s"])
-        simulated = simulate(settings, num_stages, time_ms, timing)
+        simulated = simulate(settings, num_stages, time_ms, calibration)
         result["settings"][settings.name] = {
             "num_microbatches": settings.num_microbatches(num_stages),
             "max_in_flight": settings.max_in_flight(num_stages),
@@ -384,7 +410,7 @@ def describe(result: dict[str, Any]) -> str:
     """A line for each of the settings."""
     lines = [
         f"{result['stages']} stages of {result['stage_time_ms']:g} ms, work {result['work']}, "
-        f"timing {result['timing_us']}"
+        f"calibration in us {result['calibration_us']}"
     ]
     for name, part in result["settings"].items():
         best = part["best"]
