@@ -427,7 +427,7 @@ def describe(result: dict[str, Any]) -> str:
 def merge(paths: list[Path]) -> dict[str, Any]:
     """One report of several."""
     reports = [json.loads(path.read_text()) for path in paths]
-    merged = reports[0]
+    merged: dict[str, Any] = reports[0]
     merged["conditions"] = [report["conditions"] for report in reports]
     for name in ("results", "slow_coordinator"):
         merged[name] = [result for report in reports for result in report[name]]

@@ -152,7 +152,8 @@ class StageModel:
             eps=cfg.rms_norm_eps,
         )
         kernels.store_kv(key, value, *caches, slot_mapping)
-        attended = kernels.paged_attention(query, *caches, prepared.rows, scale=self._scale)  # [T, H, d]
+        rows = prepared.rows
+        attended = kernels.paged_attention(query, *caches, rows, scale=self._scale)  # [T, H, d]
         return kernels.linear(attended.flatten(1), layer.output, layer.output_bias)
 
     def _mlp(self, layer: LayerWeights, attended: Tensor, residual: Tensor) -> Tensor:
