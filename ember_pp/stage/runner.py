@@ -1,9 +1,10 @@
 """Computes one micro-batch: inputs, forward, hand-off or sampling. Knows no sockets.
 
-The order of a plan on a stage: take in the slot changes, wait for the hidden states of the
-previous stage (on the first: for the tokens of the decode rows), run the layers, then hand the
-result to the next stage, or draw tokens on the last one, which sends them to the first. The
-ends of the edges count their waits themselves (``timing.py``).
+The order of a plan on a stage: take in the slot changes and prepare all that does not depend on
+the input; wait for the hidden states of the previous stage (on the first: for the tokens of the
+decode rows); run the layers; then hand the result to the next stage, or draw tokens on the last
+one, which sends them to the first. What comes after that (giving the ring slot back, telling the
+coordinator) delays nobody. The ends of the edges count their waits themselves (``timing.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ember_pp.protocol import Execute, Sampled, pack_i32
 from ember_pp.stage.input_batch import BatchInputs, SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
-from ember_pp.stage.model import StageModel
+from ember_pp.stage.model import PreparedStep, StageModel
 from ember_pp.stage.sampler import Sampler
 
 
@@ -91,10 +92,14 @@ class StageRunner:
             HandoffError: an edge was closed.
         """
         inputs = self._slots.apply(execute)
+        if self._sampler is not None:
+            for opened in execute.open:
+                self._sampler.open(opened)
+        prepared = self._model.prepare(inputs, self._kv_cache)
         if self._last_tokens is not None:
             self._last_tokens.fill(execute, inputs)
         tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
-        hidden_states = self._forward(execute, inputs, tap)
+        hidden_states = self._forward(execute, inputs, prepared, tap)
         sampled = None
         if self._sampler is not None:
             sampled = self._sample(self._sampler, execute, inputs, hidden_states, tap)
@@ -102,7 +107,13 @@ class StageRunner:
             tap.write()
         return sampled
 
-    def _forward(self, execute: Execute, inputs: BatchInputs, tap: _Tap | None) -> Tensor:
+    def _forward(
+        self,
+        execute: Execute,
+        inputs: BatchInputs,
+        prepared: PreparedStep | None,
+        tap: _Tap | None,
+    ) -> Tensor:
         """Layers of this stage, [T, D]; handed on to the next stage unless this is the last."""
         received = None
         if self._source is not None:
@@ -114,6 +125,7 @@ class StageRunner:
             received,
             self._kv_cache,
             on_layer=None if tap is None else tap.keep_layer,
+            prepared=prepared,
         )
         if self._sink is not None:
             self._sink.send(execute.plan, hidden_states)
@@ -130,8 +142,6 @@ class StageRunner:
         hidden_states: Tensor,
         tap: _Tap | None,
     ) -> Sampled:
-        for opened in execute.open:
-            sampler.open(opened)
         if not inputs.sample_slots:
             self._feed_back(execute.plan, inputs.token_ids[:0])
             return Sampled(execute.epoch, execute.plan, b"", [])

@@ -23,7 +23,12 @@ class FakeModel:
     def __init__(self, log):
         self._log = log
 
-    def forward(self, inputs, hidden_states, kv_cache, on_layer=None):
+    def prepare(self, inputs, kv_cache):
+        self._log.append("prepare")
+        return inputs
+
+    def forward(self, inputs, hidden_states, kv_cache, on_layer=None, *, prepared):
+        assert prepared is inputs
         if hidden_states is None:
             hidden_states = inputs.token_ids[:, None].expand(-1, HIDDEN_SIZE).float()
         self._log.append("forward")
@@ -118,10 +123,35 @@ def test_a_middle_stage_receives_computes_sends_then_releases():
     log = []
     source, sink = FakeSource(log), FakeSink(log)
     assert make_runner(log, source=source, sink=sink).run(make_execute(9)) is None
-    assert log == ["receive", "forward", "send", "release"]
+    assert log == ["prepare", "receive", "forward", "send", "release"]
     [(plan, hidden_states)] = sink.sent
     assert plan == 9
     assert torch.equal(hidden_states, torch.arange(9.0).view(3, 3) + 9)
+
+
+@dataclasses.dataclass
+class FakeFeedback:
+    """Token 7 for each row that is due."""
+
+    log: list
+
+    def receive(self, plan, num_tokens):
+        self.log.append("tokens")
+        return torch.full((num_tokens, 1), 7, dtype=torch.int32)
+
+    def release(self, plan):
+        """Nothing to give back."""
+
+
+def test_the_first_stage_prepares_before_it_waits_for_tokens():
+    log = []
+    sink = FakeSink(log)
+    runner = make_runner(log, sink=sink, feedback_source=FakeFeedback(log))
+    runner.run(make_execute(0))
+    log.clear()
+    runner.run(make_decode(1, join=[0]))
+    assert log == ["prepare", "tokens", "forward", "send"]
+    assert torch.equal(sink.sent[1][1], torch.full((1, HIDDEN_SIZE), 7.0 + 9.0))
 
 
 def test_the_last_stage_draws_what_the_logits_say():
