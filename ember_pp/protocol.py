@@ -157,7 +157,7 @@ class Submit(Message):
     template_kwargs: dict[str, Any]
     """Extra names for the chat template, such as ``enable_thinking`` or ``tools``."""
     stream: bool
-    """True: text and ids come in ``TokenDelta``s as they are made; False: all in ``Finished``."""
+    """True: text and ids come in ``TokenDeltas`` as they are made; False: all in ``Finished``."""
     seed_key: str
     """Without a seed, the request draws with one derived from ``sampling.seed`` and this key."""
 
@@ -196,22 +196,29 @@ class Accepted(Message):
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenDelta(Message):
-    """What is new of a streamed answer. Text lags behind ids while a stop string may begin."""
+class TokenDeltas(Message):
+    """What is new of a client's streamed answers, in one message for all of them.
 
-    TAG: ClassVar[str] = "token_delta"
-    request_id: str
-    text: str
+    Text lags behind ids while a stop string may begin. Without any request it is no more than
+    a sign of life.
+    """
+
+    TAG: ClassVar[str] = "token_deltas"
+    request_ids: list[str]
+    texts: list[str]
+    """One per request."""
+    num_token_ids: bytes
+    """u32, one per request."""
     token_ids: bytes
-    """i32."""
-    logprobs: list[TokenLogprobs]
-    """One per token id, or empty when not asked for."""
+    """i32, of one request after the other."""
+    logprobs: list[TokenLogprobs | None]
+    """One per token id, None where not asked for; empty when no request asks."""
 
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished(Message):
-    """The end of a request, with what ``TokenDelta`` has not carried yet."""
+    """The end of a request, with what ``TokenDeltas`` have not carried yet."""
 
     TAG: ClassVar[str] = "finished"
     request_id: str

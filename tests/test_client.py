@@ -33,6 +33,17 @@ def finished(request_id, text="", ids=(), reason="stop"):
     )
 
 
+def deltas(news):
+    """The message with ``news``: triples of request id, text and token ids."""
+    return protocol.TokenDeltas(
+        request_ids=[request_id for request_id, _, _ in news],
+        texts=[text for _, text, _ in news],
+        num_token_ids=protocol.pack_u32([len(ids) for _, _, ids in news]),
+        token_ids=protocol.pack_i32([token_id for _, _, ids in news for token_id in ids]),
+        logprobs=[],
+    )
+
+
 def echo(message):
     """Answers a submission with its own prompt, a character a delta."""
     match message:
@@ -46,9 +57,7 @@ def echo(message):
             yield protocol.Accepted(message.request_id, 3)
             if message.stream:
                 for character in message.prompt:
-                    yield protocol.TokenDelta(
-                        message.request_id, character, protocol.pack_i32([ord(character)]), []
-                    )
+                    yield deltas([(message.request_id, character, [ord(character)])])
                 yield finished(message.request_id)
             else:
                 yield finished(message.request_id, message.prompt, [ord(c) for c in message.prompt])

@@ -16,6 +16,7 @@ from ember_pp.coordinator.preparation import (
     default_max_in_flight,
     prepare,
 )
+from ember_pp.coordinator.request import take_deltas
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.tokenizer import Tokenizer
 
@@ -77,9 +78,9 @@ def test_text_of_deltas_and_end_add_up(preparation, tokenizer):
     parts = []
     for token_id in tokenizer.encode(text):
         assert feed(request, [token_id])[0] is None
-        delta = request.take_delta()
-        assert list(protocol.unpack_i32(delta.token_ids)) == [token_id]
-        parts.append(delta.text)
+        deltas = take_deltas([request])
+        assert list(protocol.unpack_i32(deltas.token_ids)) == [token_id]
+        parts += deltas.texts
     finished = request.take_finished("abort")
     assert "".join(parts) + finished.text == text
     assert "\ufffd" not in "".join(parts)
@@ -138,7 +139,7 @@ def test_logprobs_travel_with_their_tokens(preparation):
     entry = protocol.TokenLogprobs(-0.5, b"", b"")
     request.sequence.output_ids = array.array("i", [5])
     request.on_token(5, entry)
-    assert request.take_delta().logprobs == [entry]
+    assert take_deltas([request]).logprobs == [entry]
 
 
 def test_defaults_come_from_the_checkpoint_then_config_then_request(preparation):
