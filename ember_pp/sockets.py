@@ -205,6 +205,7 @@ class RouterSocket:
         """Stop listening; what is queued goes out within ``linger_ms``."""
         if self._monitor is not None:
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._monitor = None
         self._socket.close(linger=linger_ms)
         if self.address.startswith("ipc://"):
