@@ -6,9 +6,10 @@ The coordinator, its sockets, scheduler and text side are the real ones, in a pr
 own; stages take a stated time per plan and draw the ids of ``--text`` (``token_stage``). Every
 request has four stop strings, which never complete. Once all sequences run, CPU time (user
 and system, of all threads, ZeroMQ's included) is read from the kernel over some seconds and
-divided by the tokens that came in that time. Two kinds of clients:
+divided by the tokens that came in that time. Three kinds of clients:
 
 stream  One client that streams the answers of all sequences.
+clients As many clients as sequences, each with a connection of its own and one stream.
 batch   ``job=batch`` with chat messages, its coordinator started by this file. Sequences end and
         new ones begin all the time, so tokenising, templates and admission count here.
         What the job's own process takes (JSON, files, fsync) is given apart.
@@ -38,13 +39,15 @@ from benchmarks.conditions import conditions
 from ember_pp import config as configuration
 from ember_pp import protocol
 from ember_pp.client import Client
+from ember_pp.client_session import ClientSession
 from ember_pp.coordinator.coordinator import serve
 from ember_pp.coordinator.launcher import LocalProcess, child_environment
 from ember_pp.coordinator.stop_signal import StopSignal
 from ember_pp.jobs import batch
+from ember_pp.sockets import DealerSocket
 from ember_pp.tokenizer import Tokenizer
 
-KINDS = ("stream", "batch")
+KINDS = ("stream", "clients", "batch")
 STOPS = ["\n\nQuestion:", "<|user|>", "### Instruction", "END OF ANSWER"]
 WARM_UP_S = 3.0
 STREAM_TOKENS = 100_000
@@ -147,6 +150,20 @@ def run_stream(case: Case) -> None:
             client.submit(f"Sequence {index} says:", sampling=sampling, stream=True)
         while True:
             client.wait_any(1.0)
+
+
+def run_clients(case: Case) -> None:
+    """Stream each answer to a client of its own until killed."""
+    sampling = {"max_tokens": STREAM_TOKENS, "stop": STOPS}
+    sockets = [DealerSocket(case.address) for _ in range(case.num_sequences)]
+    session: ClientSession[None] = ClientSession(case.address, 60.0)
+    for index, socket in enumerate(sockets):
+        socket.send(session.submit(f"Sequence {index} says:", sampling=sampling, stream=True))
+    while True:
+        for socket in sockets:
+            while socket.receive(0.0) is not None:
+                pass
+        time.sleep(0.02)
 
 
 def run_batch(case: Case) -> None:
@@ -313,7 +330,8 @@ def main() -> None:
     parser.add_argument("--role", nargs=6, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role is not None:
-        roles = {"coordinator": run_coordinator, "stream": run_stream, "batch": run_batch}
+        roles = {"coordinator": run_coordinator, "stream": run_stream}
+        roles |= {"clients": run_clients, "batch": run_batch}
         roles[options.role[0]](Case.parse(options.role[1:]))
         return
     if options.tokenizer is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import functools
+import operator
 import sys
 import types
 import typing
@@ -544,13 +545,47 @@ def _identity(value: Any) -> Any:
 
 def _struct_to_array(value: Any) -> list[Any]:
     cls: Any = type(value)
-    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(cls)]
+    codec = _codec_of(cls)
+    values = list(codec.get_values(value))
+    for index, encode_value in codec.encoders:
+        values[index] = encode_value(values[index])
+    return values
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Codec:
+    """How the fields of a class travel; a plan's messages go this way, so it is made for time."""
+
+    get_values: Callable[[Any], tuple[Any, ...]]
+    encoders: tuple[tuple[int, _Encoder], ...]
+    """Of the fields that do not travel as they are, by their index."""
+    decoders: tuple[tuple[str, type[Any] | None, _Decoder], ...]
+    """Name of each field, the type that needs no further look, and what looks."""
 
 
 @functools.cache
-def _field_codecs(cls: Any) -> tuple[tuple[str, _Encoder, _Decoder], ...]:
+def _codec_of(cls: Any) -> _Codec:
     hints = typing.get_type_hints(cls)
-    return tuple((field.name, *_codec_for(hints[field.name])) for field in dataclasses.fields(cls))
+    names = [field.name for field in dataclasses.fields(cls)]
+    codecs = [_codec_for(hints[name]) for name in names]
+    return _Codec(
+        get_values=_values_getter(names),
+        encoders=tuple(
+            (index, encode_value)
+            for index, (encode_value, _) in enumerate(codecs)
+            if encode_value is not _identity
+        ),
+        decoders=tuple(
+            (name, hints[name] if hints[name] in (int, str, bytes, bool) else None, decode_value)
+            for name, (_, decode_value) in zip(names, codecs, strict=True)
+        ),
+    )
+
+
+def _values_getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return operator.attrgetter(*names)  # of a single name it would give no tuple
+    return lambda value: tuple(getattr(value, name) for name in names)
 
 
 def _codec_for(hint: Any) -> tuple[_Encoder, _Decoder]:
@@ -613,16 +648,21 @@ def _union_codec(options: tuple[Any, ...]) -> tuple[_Encoder, _Decoder]:
 
 
 def _decode_fields(cls: Any, values: Any, where: str) -> Any:
-    codecs = _field_codecs(cls)
-    if not isinstance(values, list) or len(values) != len(codecs):
+    decoders = _codec_of(cls).decoders
+    if not isinstance(values, list) or len(values) != len(decoders):
         count = len(values) if isinstance(values, list) else type(values).__name__
-        raise ProtocolError(f"{where}: expected {len(codecs)} fields, got {count}")
-    return cls(
-        *(
+        raise ProtocolError(f"{where}: expected {len(decoders)} fields, got {count}")
+    try:
+        decoded = [
+            value if type(value) is exact_type else decode_value(value, "")
+            for (_, exact_type, decode_value), value in zip(decoders, values, strict=True)
+        ]
+    except ProtocolError:  # once more, to say where
+        decoded = [
             decode_value(value, f"{where}.{name}")
-            for (name, _, decode_value), value in zip(codecs, values, strict=True)
-        )
-    )
+            for (name, _, decode_value), value in zip(decoders, values, strict=True)
+        ]
+    return cls(*decoded)
 
 
 def encode(message: Message) -> bytes:
