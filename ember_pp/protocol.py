@@ -31,6 +31,7 @@ _U32 = "I"
 _I32 = "i"
 _I64 = "q"
 _F32 = "f"
+_IS_LITTLE_ENDIAN = sys.byteorder == "little"
 
 
 # --------------------------------------------------------------------------------------
@@ -38,8 +39,10 @@ _F32 = "f"
 
 
 def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
+    if isinstance(values, array.array) and values.typecode == typecode and _IS_LITTLE_ENDIAN:
+        return values.tobytes()
     packed = array.array(typecode, values)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         packed.byteswap()
     return packed.tobytes()
 
@@ -49,7 +52,7 @@ def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
     if len(packed) % values.itemsize:
         raise ProtocolError(f"a packed array of {len(packed)} bytes of {values.itemsize} each")
     values.frombytes(packed)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         values.byteswap()
     return values
 
@@ -543,10 +546,13 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _struct_to_array(value: Any) -> list[Any]:
+def _struct_to_array(value: Any) -> tuple[Any, ...] | list[Any]:
     cls: Any = type(value)
     codec = _codec_of(cls)
-    values = list(codec.get_values(value))
+    values = codec.get_values(value)
+    if not codec.encoders:
+        return values
+    values = list(values)
     for index, encode_value in codec.encoders:
         values[index] = encode_value(values[index])
     return values
@@ -556,7 +562,7 @@ def _struct_to_array(value: Any) -> list[Any]:
 class _Codec:
     """How the fields of a class travel; a plan's messages go this way, so it is made for time."""
 
-    get_values: Callable[[Any], tuple[Any, ...]]
+    get_values: Callable[[Any], tuple[Any, ...] | list[Any]]
     encoders: tuple[tuple[int, _Encoder], ...]
     """Of the fields that do not travel as they are, by their index."""
     decoders: tuple[tuple[str, type[Any] | None, _Decoder], ...]
@@ -623,6 +629,8 @@ def _list_codec(item_hint: Any) -> tuple[_Encoder, _Decoder]:
     def decode_list(value: Any, where: str) -> list[Any]:
         return [decode_item(item, where) for item in check_list(value, where)]
 
+    if encode_item is _identity:
+        return _identity, decode_list
     return lambda value: [encode_item(item) for item in value], decode_list
 
 
@@ -667,9 +675,8 @@ def _decode_fields(cls: Any, values: Any, where: str) -> Any:
 
 def encode(message: Message) -> bytes:
     """The bytes of ``message``."""
-    packed: bytes = msgpack.packb(
-        [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)], use_bin_type=True
-    )
+    values = [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)]
+    packed: bytes = msgpack.packb(values)
     return packed
 
 

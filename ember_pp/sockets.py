@@ -37,6 +37,9 @@ _LINGER_MS = 1000  # long enough for a last message to a live peer, never for ev
 _SEND_QUEUE = 100_000  # messages queued to one peer before it counts as gone
 _MAX_IPC_PATH_BYTES = 107  # sockaddr_un on Linux
 _DIRECTORY_PREFIX = "ember-pp-"
+# As plain numbers: the library's flags are an enum, whose arithmetic takes as long as a send.
+_AT_ONCE = int(zmq.NOBLOCK)
+_MORE_FOLLOWS = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def check_address(address: str) -> None:
@@ -174,7 +177,7 @@ class RouterSocket:
         """As ``receive_all``, and the bytes of each message."""
         for _ in range(max_messages):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(_AT_ONCE)
             except zmq.Again:
                 return
             identity, payload = frames[0], frames[-1]
@@ -194,7 +197,8 @@ class RouterSocket:
         """
         packed = message if isinstance(message, bytes) else protocol.encode(message)
         try:
-            self._socket.send_multipart((identity, packed), zmq.NOBLOCK)
+            self._socket.send(identity, _MORE_FOLLOWS)
+            self._socket.send(packed, _AT_ONCE)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
