@@ -158,6 +158,8 @@ class CoordinatorSettings:
     uses the coordinator that runs there; null: it starts one of its own."""
     max_queued_requests: int = 100_000
     """Requests that may be open at once; more are refused."""
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    """Bytes of the messages of all open requests together; beyond it more are refused."""
     max_prompt_tokens: int | None = None
     """Longest prompt; null: the context length."""
     max_prompt_characters: int | None = None
@@ -175,6 +177,7 @@ class CoordinatorSettings:
         _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
         _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
         _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
+        _at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")

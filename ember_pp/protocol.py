@@ -14,6 +14,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import functools
+import operator
 import sys
 import types
 import typing
@@ -30,6 +31,7 @@ _U32 = "I"
 _I32 = "i"
 _I64 = "q"
 _F32 = "f"
+_IS_LITTLE_ENDIAN = sys.byteorder == "little"
 
 
 # --------------------------------------------------------------------------------------
@@ -37,8 +39,10 @@ _F32 = "f"
 
 
 def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
+    if isinstance(values, array.array) and values.typecode == typecode and _IS_LITTLE_ENDIAN:
+        return values.tobytes()
     packed = array.array(typecode, values)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         packed.byteswap()
     return packed.tobytes()
 
@@ -48,7 +52,7 @@ def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
     if len(packed) % values.itemsize:
         raise ProtocolError(f"a packed array of {len(packed)} bytes of {values.itemsize} each")
     values.frombytes(packed)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         values.byteswap()
     return values
 
@@ -157,7 +161,7 @@ class Submit(Message):
     template_kwargs: dict[str, Any]
     """Extra names for the chat template, such as ``enable_thinking`` or ``tools``."""
     stream: bool
-    """True: text and ids come in ``TokenDelta``s as they are made; False: all in ``Finished``."""
+    """True: text and ids come in ``TokenDeltas`` as they are made; False: all in ``Finished``."""
     seed_key: str
     """Without a seed, the request draws with one derived from ``sampling.seed`` and this key."""
 
@@ -196,22 +200,29 @@ class Accepted(Message):
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenDelta(Message):
-    """What is new of a streamed answer. Text lags behind ids while a stop string may begin."""
+class TokenDeltas(Message):
+    """What is new of a client's streamed answers, in one message for all of them.
 
-    TAG: ClassVar[str] = "token_delta"
-    request_id: str
-    text: str
+    Text lags behind ids while a stop string may begin. Without any request it is no more than
+    a sign of life.
+    """
+
+    TAG: ClassVar[str] = "token_deltas"
+    request_ids: list[str]
+    texts: list[str]
+    """One per request."""
+    num_token_ids: bytes
+    """u32, one per request."""
     token_ids: bytes
-    """i32."""
-    logprobs: list[TokenLogprobs]
-    """One per token id, or empty when not asked for."""
+    """i32, of one request after the other."""
+    logprobs: list[TokenLogprobs | None]
+    """One per token id, None where not asked for; empty when no request asks."""
 
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished(Message):
-    """The end of a request, with what ``TokenDelta`` has not carried yet."""
+    """The end of a request, with what ``TokenDeltas`` have not carried yet."""
 
     TAG: ClassVar[str] = "finished"
     request_id: str
@@ -535,15 +546,52 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _struct_to_array(value: Any) -> list[Any]:
+def _struct_to_array(value: Any) -> tuple[Any, ...] | list[Any]:
     cls: Any = type(value)
-    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(cls)]
+    codec = _codec_of(cls)
+    values = codec.get_values(value)
+    if not codec.encoders:
+        return values
+    values = list(values)
+    for index, encode_value in codec.encoders:
+        values[index] = encode_value(values[index])
+    return values
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Codec:
+    """How the fields of a class travel; a plan's messages go this way, so it is made for time."""
+
+    get_values: Callable[[Any], tuple[Any, ...] | list[Any]]
+    encoders: tuple[tuple[int, _Encoder], ...]
+    """Of the fields that do not travel as they are, by their index."""
+    decoders: tuple[tuple[str, type[Any] | None, _Decoder], ...]
+    """Name of each field, the type that needs no further look, and what looks."""
 
 
 @functools.cache
-def _field_codecs(cls: Any) -> tuple[tuple[str, _Encoder, _Decoder], ...]:
+def _codec_of(cls: Any) -> _Codec:
     hints = typing.get_type_hints(cls)
-    return tuple((field.name, *_codec_for(hints[field.name])) for field in dataclasses.fields(cls))
+    names = [field.name for field in dataclasses.fields(cls)]
+    codecs = [_codec_for(hints[name]) for name in names]
+    return _Codec(
+        get_values=_values_getter(names),
+        encoders=tuple(
+            (index, encode_value)
+            for index, (encode_value, _) in enumerate(codecs)
+            if encode_value is not _identity
+        ),
+        decoders=tuple(
+            (name, hints[name] if hints[name] in (int, str, bytes, bool) else None, decode_value)
+            for name, (_, decode_value) in zip(names, codecs, strict=True)
+        ),
+    )
+
+
+def _values_getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return operator.attrgetter(*names)  # of a single name it would give no tuple
+    return lambda value: tuple(getattr(value, name) for name in names)
 
 
 def _codec_for(hint: Any) -> tuple[_Encoder, _Decoder]:
@@ -581,6 +629,8 @@ def _list_codec(item_hint: Any) -> tuple[_Encoder, _Decoder]:
     def decode_list(value: Any, where: str) -> list[Any]:
         return [decode_item(item, where) for item in check_list(value, where)]
 
+    if encode_item is _identity:
+        return _identity, decode_list
     return lambda value: [encode_item(item) for item in value], decode_list
 
 
@@ -606,23 +656,27 @@ def _union_codec(options: tuple[Any, ...]) -> tuple[_Encoder, _Decoder]:
 
 
 def _decode_fields(cls: Any, values: Any, where: str) -> Any:
-    codecs = _field_codecs(cls)
-    if not isinstance(values, list) or len(values) != len(codecs):
+    decoders = _codec_of(cls).decoders
+    if not isinstance(values, list) or len(values) != len(decoders):
         count = len(values) if isinstance(values, list) else type(values).__name__
-        raise ProtocolError(f"{where}: expected {len(codecs)} fields, got {count}")
-    return cls(
-        *(
+        raise ProtocolError(f"{where}: expected {len(decoders)} fields, got {count}")
+    try:
+        decoded = [
+            value if type(value) is exact_type else decode_value(value, "")
+            for (_, exact_type, decode_value), value in zip(decoders, values, strict=True)
+        ]
+    except ProtocolError:  # once more, to say where
+        decoded = [
             decode_value(value, f"{where}.{name}")
-            for (name, _, decode_value), value in zip(codecs, values, strict=True)
-        )
-    )
+            for (name, _, decode_value), value in zip(decoders, values, strict=True)
+        ]
+    return cls(*decoded)
 
 
 def encode(message: Message) -> bytes:
     """The bytes of ``message``."""
-    packed: bytes = msgpack.packb(
-        [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)], use_bin_type=True
-    )
+    values = [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)]
+    packed: bytes = msgpack.packb(values)
     return packed
 
 

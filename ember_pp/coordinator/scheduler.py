@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
 
 from ember_pp.coordinator.block_manager import BlockManager
@@ -261,12 +261,13 @@ class Scheduler:
         else:
             self._turns.append(microbatch)
 
-    def complete(self, plan_number: int, token_ids: Ordered[int]) -> list[tuple[Sequence, int]]:
+    def complete(self, plan_number: int, token_ids: Ordered[int]) -> Iterable[tuple[Sequence, int]]:
         """Take the tokens of a plan that came back; those of live sequences, in row order.
 
         ``token_ids`` are those of ``Sampled``, one per row of ``in_flight.oldest.rows``. The
         caller decides which sequences end, and calls ``finish`` for each before it asks for
-        the next plan: always for one that has grown to its ``max_total_tokens``.
+        the next plan: always for one that has grown to its ``max_total_tokens``. The sequences
+        have their tokens already; what is returned can be gone through once.
 
         Raises:
             ProtocolError: not the plan that is due, or not its number of token ids; nothing
@@ -274,15 +275,17 @@ class Scheduler:
         """
         plan = self.in_flight.complete(plan_number, len(token_ids))
         self._microbatches[plan.microbatch_id].num_in_flight -= 1
-        sampled = list(zip(plan.rows, token_ids, strict=True))
+        rows = plan.rows
         if self._retiring:
-            sampled = [(sequence, token) for sequence, token in sampled if not sequence.is_dropped]
-        for sequence, token in sampled:
+            alive = [pair for pair in zip(rows, token_ids, strict=True) if not pair[0].is_dropped]
+            rows, token_ids = [row for row, _ in alive], [token for _, token in alive]
+        # Pairs that are kept would cost as much again, and at thousands of rows more than that.
+        for sequence, token in zip(rows, token_ids, strict=True):
             sequence.output_ids.append(token)
         for sequence in self._retiring.pop(plan_number, ()):
             self._release(sequence)
             sequence.end()
-        return sampled
+        return zip(rows, token_ids, strict=True)
 
     def _make_plan(self, microbatch: Microbatch, blocks: list[int], *, may_admit: bool) -> Plan:
         """A plan of all decode rows and of as many chunks as balance and budget allow."""

@@ -103,7 +103,7 @@ class Driver:
     def complete(self) -> list[tuple[Sequence, int]]:
         """The oldest plan comes back; sequences that are at their end are finished."""
         plan, token_ids = self._returning.popleft()
-        alive = self.scheduler.complete(plan.number, token_ids)
+        alive = list(self.scheduler.complete(plan.number, token_ids))
         for sequence, token in alive:
             assert sequence.output_ids[-1] == token
             is_full = sequence.num_tokens >= sequence.max_total_tokens

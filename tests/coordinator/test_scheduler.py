@@ -50,7 +50,7 @@ def add(scheduler, *named, num_tokens=4, **params):
 def come_back(scheduler):
     """The oldest plan's tokens arrive; what is long enough is finished, as the caller must."""
     plan = scheduler.in_flight.oldest
-    delivered = scheduler.complete(plan.number, [TOKEN] * plan.num_rows)
+    delivered = list(scheduler.complete(plan.number, [TOKEN] * plan.num_rows))
     for sequence, _ in delivered:
         if sequence.num_tokens == sequence.max_total_tokens:
             scheduler.finish(sequence)
@@ -628,7 +628,7 @@ def test_delivers_decodes_first_and_then_chunks_that_sample():
     b, c = add(scheduler, "b", "c", num_tokens=10)
     plan = scheduler.next_plan()
     assert chunks(plan) == [("B", 0, 10), ("c", 0, 5)]
-    assert scheduler.complete(plan.number, [11, 12]) == [(a, 11), (b, 12)]
+    assert list(scheduler.complete(plan.number, [11, 12])) == [(a, 11), (b, 12)]
     assert list(c.output_ids) == []
     following = scheduler.next_plan()
     assert names(following.decodes) == "ab"
