@@ -13,7 +13,7 @@ from ember_pp.cost_model import PlanSize
 from ember_pp.devices import DeviceSpec, parse_devices
 from ember_pp.errors import CapacityError, ConfigError
 from ember_pp.layout import Layout, StageDevice, choose_split
-from ember_pp.memory_model import StageSettings
+from ember_pp.memory_model import CUDA_CONTEXT_BYTES, StageSettings
 from ember_pp.model_config import ModelConfig
 
 GIB = 1024**3
@@ -189,13 +189,13 @@ def test_the_slowest_stage_is_that_of_the_plan_at_hand() -> None:
 
 
 def test_says_by_how_much_it_does_not_fit() -> None:
-    layout = Layout(CFG, SETTINGS, [[device(), device(550 * MIB)]])
+    layout = Layout(CFG, SETTINGS, [[device(), device(CUDA_CONTEXT_BYTES + 38 * MIB)]])
     with pytest.raises(CapacityError) as error:
         counts_of(layout, split=[1, 6])
     lacking = layout.lacking_bytes(1, 6, NUM_KV_TOKENS)
     text = str(error.value)
     assert f"stage 1 of 2 lacks {lacking / GIB:.2f} GiB on card at 1" in text
-    assert "which has 0.54 GiB" in text
+    assert f"which has {(CUDA_CONTEXT_BYTES + 38 * MIB) / GIB:.2f}" in text
     assert "KV cache of 256 tokens" in text
     assert error.value.exit_code == 3
     assert counts_of(layout, split=[7, 0]) == [7, 0]
