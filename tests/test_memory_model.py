@@ -214,10 +214,15 @@ def test_the_kv_budget_leaves_a_tenth_and_room_for_activations() -> None:
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize(("name", "num_stages"), [("demo", 2), ("small", 3)])
-def test_a_run_holds_what_was_predicted(demo_path: Path, name: str, num_stages: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_stages", "memory_gib"),
+    [("demo", 2, 0.25), ("small", 3, None)],  # all sequences at full length: 16 MB
+)
+def test_a_run_holds_what_was_predicted(
+    demo_path: Path, name: str, num_stages: int, memory_gib: float | None
+) -> None:
     """Stages as processes: what ``status`` says of them, and the split that they got."""
-    config = make_config(name, demo_path, num_stages)
+    config = make_config(name, demo_path, num_stages, cache={"memory_gib": memory_gib})
     prediction = predict(config, read_model(config), [cpu_device()], 1, num_stages)
     with open_client(config) as client:
         client.submit(token_ids=[1, 2, 3], sampling={"max_tokens": 2}).result(60.0)

@@ -318,7 +318,7 @@ def test_the_page_has_the_table_of_cards() -> None:
 
 @pytest.mark.slow
 def test_a_profile_is_measured_stored_and_used(plan, tmp_path) -> None:
-    given = ["model=demo", "pipeline.cpu_threads=1", "plan.output=p.json"]
+    given = ["model=demo", "pipeline.cpu_threads=1", "cache.memory_gib=0.5", "plan.output=p.json"]
     code, out, err = plan(*given, "profile=true")
     assert code == EXIT_OK, err
     (stored,) = (tmp_path / "profiles").iterdir()
