@@ -142,6 +142,10 @@ def make_pipeline(cfg: ModelConfig, device: DeviceSpec, num_stages: int) -> Pipe
         for stage, layers in enumerate(partition.layer_ranges(counts))
         if counts[stage]
     ]
+    if min(kv_tokens) < MAX_MODEL_LEN:
+        raise SystemExit(
+            f"{num_stages} stages: no room for {MAX_MODEL_LEN} tokens on {device.name}"
+        )
     costs = [cost(stage, count) for stage, count in enumerate(counts)]
     return Pipeline(costs, counts, int(min(kv_tokens)))
 
@@ -268,6 +272,14 @@ def replay(pipeline: Pipeline, trace: Sequence[Arrival]) -> list[dict[str, Any]]
     return runs
 
 
+def trace_conditions(trace: Path | None) -> dict[str, Any]:
+    """What every result says; of the trace's path the name alone."""
+    where = conditions()
+    if trace is not None:
+        where["command"] = where["command"].replace(str(trace), trace.name)
+    return where
+
+
 def losses(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Where ``balanced`` is behind another policy by more than 2%."""
     found = []
@@ -332,7 +344,7 @@ def main() -> None:
         print("balanced is behind:", *result["balanced_is_behind"], sep="\n  ")
     report = {
         "benchmark": "schedule_replay",
-        "conditions": conditions(),
+        "conditions": trace_conditions(options.trace),
         "time": "virtual; a bubble is the share of a stage's time that is no work",
         "model": options.model,
         "card": device.name,

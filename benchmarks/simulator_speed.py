@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.conditions import conditions
 from benchmarks.schedule_replay import (
     PRESETS,
     Contender,
     make_pipeline,
     scaled,
     synthetic_trace,
+    trace_conditions,
 )
 from ember_pp.coordinator.simulator import Arrival
 from ember_pp.devices import parse_devices
@@ -79,7 +79,7 @@ def main() -> None:
         print(*(f"{key}={value}" for key, value in results[-1].items()), flush=True)
     report = {
         "benchmark": "simulator_speed",
-        "conditions": conditions(),
+        "conditions": trace_conditions(options.trace),
         "model": MODEL,
         "trace": options.trace.name if options.trace is not None else "synthetic",
         "results": results,
