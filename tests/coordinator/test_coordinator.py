@@ -187,34 +187,41 @@ def submit(request_id, *, stream=True, **sampling):
     )
 
 
-def test_a_client_gets_one_message_for_all_that_a_turn_brought():
-    num_requests, num_tokens = 8, 20
-    stage = FakeStage(lambda slot, step: 200 + 10 * slot + step % 10)
+@pytest.mark.parametrize("plans_together", [1, 2])
+def test_a_client_gets_one_message_for_all_that_a_turn_brought(plans_together):
+    """And nothing of a request comes after its end, also where both are of one turn."""
+    num_requests = 8
+    num_tokens = {f"r{n}": 20 + n % 2 for n in range(num_requests)}  # to end in either plan
+    stage = FakeStage(lambda slot, step: 200 + 10 * slot + step % 10, plans_together)
     with running_coordinator(stage) as address:
         socket = DealerSocket(address)
-        for n in range(num_requests):
-            socket.send(submit(f"r{n}", max_tokens=num_tokens))
-        ids = {f"r{n}": [] for n in range(num_requests)}
-        num_messages, num_finished = 0, 0
-        while num_finished < num_requests:
+        socket.send(submit("goes on", **LONG))
+        for request_id, max_tokens in num_tokens.items():
+            socket.send(submit(request_id, max_tokens=max_tokens))
+        ids = {request_id: [] for request_id in num_tokens}
+        num_messages, has_ended = 0, set()
+        while len(has_ended) < num_requests or "goes on" not in has_ended:
             message = socket.receive(PATIENCE_S)
             match message:
                 case protocol.TokenDeltas():
                     num_messages += 1
+                    assert not has_ended & set(message.request_ids)
                     counts = protocol.unpack_u32(message.num_token_ids)
                     new_ids = list(protocol.unpack_i32(message.token_ids))
                     for request_id, count in zip(message.request_ids, counts, strict=True):
-                        ids[request_id] += new_ids[:count]
+                        ids.setdefault(request_id, []).extend(new_ids[:count])
                         del new_ids[:count]
                     assert new_ids == []
                 case protocol.Finished():
-                    num_finished += 1
+                    has_ended.add(message.request_id)
                     ids[message.request_id] += protocol.unpack_i32(message.token_ids)
+                    if len(has_ended) == num_requests:
+                        socket.send(protocol.Cancel(["goes on"], everyone=False))
         socket.close()
-    first_ids = sorted(drawn[0] for drawn in ids.values())
-    assert first_ids == [200 + 10 * slot for slot in range(num_requests)]  # a slot each
-    for drawn in ids.values():
-        assert drawn == [drawn[0] + step % 10 for step in range(num_tokens)]
+    del ids["goes on"]
+    for request_id, drawn in ids.items():
+        assert drawn == [drawn[0] + step % 10 for step in range(num_tokens[request_id])]
+    assert len({drawn[0] for drawn in ids.values()}) == num_requests  # a slot each
     assert num_messages <= len(stage.plans)
 
 
