@@ -92,7 +92,7 @@ NOT_AHEAD = Settings("not ahead", 0, 0, 0)
 NOT_AHEAD_SLACK = Settings("not ahead, a micro-batch more", 1, 1, 0)
 ONE = Settings("one plan in flight", 0, 0, 0)
 ALL = (DEFAULT, SLACK, NOT_AHEAD, NOT_AHEAD_SLACK, ONE)
-OF_WORK = {ON_DEVICE: ALL, BY_HOST: (DEFAULT, SLACK, ONE)}
+BRIEF = (DEFAULT, SLACK, ONE)
 
 
 class MockLauncher:
@@ -270,10 +270,10 @@ def machine_cpu_ns() -> int:
 
 
 @contextlib.contextmanager
-def engines(num_stages: int) -> Iterator[dict[str, Engine]]:
+def engines(num_stages: int, chosen: tuple[Settings, ...]) -> Iterator[dict[str, Engine]]:
     """One for each of the settings, all ready."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        started = [Engine(settings, num_stages, Path(folder)) for settings in ALL]
+        started = [Engine(settings, num_stages, Path(folder)) for settings in chosen]
         for engine in started:
             stack.callback(engine.close)
         for engine in started:
@@ -352,7 +352,7 @@ def measure(
     by_name: dict[str, Engine], num_stages: int, time_ms: float, work: str, repeats: int
 ) -> dict[str, Any]:
     """All settings in turns."""
-    runs: dict[str, list[dict[str, Any]]] = {settings.name: [] for settings in OF_WORK[work]}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in by_name}
     for _ in range(repeats):
         for name, of_settings in runs.items():
             of_settings.append(by_name[name].run(time_ms, work))
@@ -366,7 +366,7 @@ def measure(
         "settings": {},
     }
     ideal = 1e3 / time_ms
-    for settings in OF_WORK[work]:
+    for settings in (engine.settings for engine in by_name.values()):
         rates = [run["plans_per_s"] for run in runs[settings.name]]
         best = max(runs[settings.name], key=lambda run: run["plans_per_s"])
         simulated = simulate(settings, num_stages, time_ms, calibration)
@@ -439,7 +439,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for."""
     load = {"load_average_1min_before": round(os.getloadavg()[0], 2), "nice": os.nice(0)}
     results, slow = [], []
-    with engines(options.stages) as by_name:
+    with engines(options.stages, BRIEF if options.brief else ALL) as by_name:
         for time_ms in map(float, options.times_ms.split(",")):
             if options.slow:
                 slow.append(measure_slow_host(by_name, options.stages, time_ms, options.repeats))
@@ -466,6 +466,7 @@ def main() -> None:
     parser.add_argument("--times-ms", default="1,2,5")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slow", action="store_true", help="with a slow coordinator")
+    parser.add_argument("--brief", action="store_true", help="no settings without run-ahead")
     parser.add_argument("--merge", nargs="+", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--serve", nargs=4, default=None, help=argparse.SUPPRESS)
