@@ -118,7 +118,6 @@ def make_pipeline(cfg: ModelConfig, device: DeviceSpec, num_stages: int) -> Pipe
         return stage_cost(
             cfg,
             num_layers,
-            is_first=stage == 0,
             is_last=stage == num_stages - 1,
             bytes_per_element=BYTES_PER_ELEMENT,
             device=device,

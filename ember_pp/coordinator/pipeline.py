@@ -124,7 +124,7 @@ class Pipeline:
         return {"counts": counts, "stages": stages, "edges": dict(self.supervisor.edges)}
 
     def _open_scheduler(self) -> None:
-        config = self._config
+        config, plan_cost = self._config, self._preparation.plan_cost
         self.scheduler = Scheduler(
             num_blocks=self.supervisor.num_blocks,
             block_size=config.cache.block_size,
@@ -137,7 +137,7 @@ class Pipeline:
             num_microbatches=self._preparation.num_microbatches,
             run_ahead=config.pipeline.run_ahead,
             policy=POLICIES[config.scheduler.policy],
-            plan_time_s=self._preparation.plan_cost.time_s,
+            plan_time_s=None if plan_cost is None else plan_cost.time_s,
         )
         if config.debug.record is not None:
             suffix = f".{self.replica}" if config.pipeline.replicas > 1 else ""

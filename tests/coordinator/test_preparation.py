@@ -63,14 +63,7 @@ def test_other_splits_are_taken_as_they_are(tmp_path, split, expected) -> None:
     assert counts(prepare(make(tmp_path, pipeline={"split": split}))) == expected
 
 
-def test_plans_are_timed_by_the_slowest_stage(tmp_path) -> None:
-    config = make(tmp_path, pipeline={"split": [7, 1]})
-    prepared = prepare(config)
-    one_layer = prepare(make(tmp_path, pipeline={"split": [1, 7]})).plan_cost
-    size = (4, 100, 1000)
-    assert prepared.plan_cost.time_s(*size) > 0
-    assert prepared.plan_cost != one_layer
-
+def plan_time_of_the_scheduler(config, prepared):
     class Supervisor:
         num_blocks = 64
 
@@ -79,11 +72,18 @@ def test_plans_are_timed_by_the_slowest_stage(tmp_path) -> None:
     pipeline.supervisor = Supervisor()  # type: ignore[assignment]
     pipeline._open_scheduler()
     assert pipeline.scheduler is not None
-    assert pipeline.scheduler._plan_time_s == prepared.plan_cost.time_s
+    return pipeline.scheduler._plan_time_s
 
 
-def test_a_profile_decides_where_there_is_one_for_every_device(tmp_path) -> None:
-    """In this profile the head takes as long as six layers."""
+def test_what_is_only_guessed_of_a_cpu_times_no_plans(tmp_path) -> None:
+    config = make(tmp_path)
+    prepared = prepare(config)
+    assert prepared.plan_cost is None
+    assert plan_time_of_the_scheduler(config, prepared) is None
+
+
+def write_profile(tmp_path) -> None:
+    """A decode takes a second a layer, and the head as long as six layers."""
     cfg = ModelConfig.from_hf(ARCHITECTURE)
     name = find_devices(["cpu"])[0].name
     profile = Profile(
@@ -101,11 +101,25 @@ def test_a_profile_decides_where_there_is_one_for_every_device(tmp_path) -> None
     )
     path = profile_path(str(tmp_path), cfg, "bfloat16", name, 1, __version__)
     path.write_text(json.dumps(profile.to_plain()))
+
+
+def test_a_profile_decides_where_there_is_one_for_every_device(tmp_path) -> None:
+    write_profile(tmp_path)
     prepared = prepare(make(tmp_path))
     assert counts(prepared) == [7, 1]
     assert isinstance(prepared.plan_cost, MeasuredCost)
     assert counts(prepare(make(tmp_path, plan={"use_profile": False}))) != [7, 1]
     assert counts(prepare(make(tmp_path, pipeline={"cpu_threads": 2}))) != [7, 1]
+
+
+def test_plans_are_timed_by_the_slowest_stage(tmp_path) -> None:
+    write_profile(tmp_path)
+    config = make(tmp_path)
+    prepared = prepare(config)
+    assert plan_time_of_the_scheduler(config, prepared) == prepared.plan_cost.time_s
+    assert prepared.plan_cost.time_s(1, 0, 128) == pytest.approx(7.0)  # seven layers of 1 s
+    head = prepare(make(tmp_path, pipeline={"split": [1, 7]})).plan_cost
+    assert head.time_s(1, 0, 128) == pytest.approx(13.0)  # seven layers and the head
 
 
 def test_what_cannot_fit_is_refused_before_a_byte_is_read(tmp_path, monkeypatch) -> None:
