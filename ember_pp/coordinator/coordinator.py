@@ -196,9 +196,15 @@ class Coordinator:
 
     def _release(self, request: Request) -> None:
         """The request needs its place in the pipeline no more, whether it ended or is given up."""
+        if not self._is_ready:
+            return  # it waits for the start: no scheduler has seen it, though some may be there
         scheduler = self._pipelines[request.replica].scheduler
         if scheduler is not None:
             scheduler.finish(request.sequence)
+
+    def _close(self, request: Request | Submission) -> None:
+        """Nobody waits for it any more, however it ended."""
+        self._num_finished += self._open.close(request)
 
     # clients
 
@@ -272,16 +278,14 @@ class Coordinator:
             self._release(request)
             self._finish(request, "abort")
         else:
-            self._open.close(request)
-            self._num_finished += 1
+            self._close(request)
             nothing = protocol.Finished(request.request_id, "", b"", [], "abort", None, 0, 0, 0)
             self._clients.send(request.client, nothing)
         return True
 
     def _finish(self, request: Request, finish_reason: str) -> None:
-        self._open.close(request)
+        self._close(request)
         self._fresh.pop(request, None)  # the last message has it all
-        self._num_finished += 1
         if not self._clients.send(request.client, request.take_finished(finish_reason)):
             self._drop_client(request.client)
 
@@ -291,7 +295,7 @@ class Coordinator:
         A broken connection says that somebody is gone, not who: that is found by sending to
         everyone who waits for something.
         """
-        if self._clients.take_disconnects():
+        if self._clients.take_disconnects() and self._gone_check_at_s is None:
             self._gone_check_at_s = time.monotonic() + _GONE_CHECK_DELAY_S
         if self._gone_check_at_s is None or time.monotonic() < self._gone_check_at_s:
             return
@@ -304,7 +308,7 @@ class Coordinator:
         """A client is gone, or reads nothing: its requests leave the pipeline."""
         gone = self._open.of_client(client)
         for request in gone:
-            self._open.close(request)
+            self._close(request)
             if isinstance(request, Request):
                 self._fresh.pop(request, None)
                 self._release(request)
@@ -317,7 +321,7 @@ class Coordinator:
     def _fail(self, request: Request | Submission, error: EmberError) -> None:
         if isinstance(request, Request) and request in self._fresh:
             self._send_deltas()
-        self._open.close(request)
+        self._close(request)
         self._refuse(request.client, request.request_id, error)
 
     def _fail_all(self, error: EmberError) -> None:

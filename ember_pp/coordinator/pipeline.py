@@ -107,7 +107,7 @@ class Pipeline:
     def stop(self, reason: str) -> None:
         """End the stages and close what is open."""
         self.supervisor.stop(reason)
-        for _, message in self.stage_socket.receive_all():
+        for _, message in [*self.supervisor.unread, *self.stage_socket.receive_all()]:
             if isinstance(message, protocol.StageTrace):  # sent at the very end
                 self._on_trace(message)
         self.stage_socket.close(linger_ms=0)

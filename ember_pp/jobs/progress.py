@@ -202,10 +202,17 @@ def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         str(stage.get("stage_index", "?")),
         str(stage.get("device", "?")),
-        f"{stage.get('start_layer', '?')}-{stage.get('end_layer', '?')}",
+        _layers(stage),
         *(_megabytes(stage.get(key)) for key in ("weight_bytes", "kv_bytes", "peak_bytes")),
         *("-" if share is None else f"{share:.1%}" for share in shares),
     )
+
+
+def _layers(stage: Mapping[str, Any]) -> str:
+    start, end = stage.get("start_layer"), stage.get("end_layer")
+    if start is None or end is None:
+        return "?"
+    return f"{start}-{end - 1}" if end > start else "none"
 
 
 def _megabytes(num_bytes: int | None) -> str:

@@ -21,10 +21,12 @@ class FakeStage:
     Args:
         draw: from a slot and how many tokens it drew before, the next one.
         plans_together: answers are held back until there are as many.
+        may_load: it is not ready before this event.
     """
 
-    def __init__(self, draw=lambda slot, step: 100 + step % 50, plans_together=1):
+    def __init__(self, draw=lambda slot, step: 100 + step % 50, plans_together=1, may_load=None):
         self._draw = draw
+        self._may_load = may_load
         self._plans_together = plans_together
         self.exit_descriptor, self._exit_writer = os.pipe2(os.O_CLOEXEC)
         self.pid = 0
@@ -61,6 +63,7 @@ class FakeStage:
         while (message := socket.receive(PATIENCE_S)) is not None:
             match message:
                 case protocol.StageConfig():
+                    assert self._may_load is None or self._may_load.wait(PATIENCE_S)
                     socket.send(protocol.StageReady(0, 0, 10_000, {}, 0, 1))
                 case protocol.Start():
                     socket.send(protocol.StageStarted(0, 0))
@@ -107,15 +110,15 @@ class Stop:
 
 
 @contextlib.contextmanager
-def running_coordinator(stage, *, tokenizer=None, **groups):
+def running_coordinator(*stages, tokenizer=None, **groups):
     """A coordinator of the demo model's files that serves in a thread; gives its address.
 
-    ``tokenizer`` makes another one of the model's.
+    It has as many replicas as stages; ``tokenizer`` makes another one of the model's.
     """
     plain = {
         "job": {"name": "serve"},
         "model": {"path": "demo", "dtype": "float32"},
-        "pipeline": {"stages": 1, "devices": "cpu"},
+        "pipeline": {"stages": 1, "replicas": len(stages), "devices": "cpu"},
         "sampling": {"ignore_eos": True},
     }
     config = configuration.build(plain | groups)
@@ -128,8 +131,11 @@ def running_coordinator(stage, *, tokenizer=None, **groups):
         address = directory.address("clients.sock")
         clients = RouterSocket(address, max_message_bytes=config.coordinator.max_message_bytes)
         clients.watch_disconnects()
-        pipeline = Pipeline(0, config, preparation, directory, stage)
-        coordinator = Coordinator(config, preparation, clients, [pipeline])
+        pipelines = [
+            Pipeline(replica, config, preparation, directory, stage)
+            for replica, stage in enumerate(stages)
+        ]
+        coordinator = Coordinator(config, preparation, clients, pipelines)
         thread = threading.Thread(target=coordinator.run, args=(stop,))
         thread.start()
         try:

@@ -109,6 +109,24 @@ def test_requests_of_a_client_are_admitted_in_their_order():
         assert order == [request.request_id for request in [first, *others]]
 
 
+def test_what_waits_for_a_late_replica_can_be_cancelled():
+    """The first replica has a scheduler by then, which has never seen the request."""
+    may_load = threading.Event()
+    stages = FakeStage(), FakeStage(may_load=may_load)
+    with running_coordinator(*stages) as address, Client(address) as client:
+        try:
+            wait_for(lambda: client.status()["stages"][0]["phase"] == "ready")
+            waiting = client.submit("short", sampling={"max_tokens": 1})
+            other = client.submit("short", sampling={"max_tokens": 1})
+            with pytest.raises(InvalidRequestError):  # admission keeps the order: it is past both
+                client.submit(token_ids=[10**6]).result(PATIENCE_S)
+            assert client.cancel([waiting.request_id]) == 1
+            assert waiting.result(PATIENCE_S).finish_reason == "abort"
+        finally:
+            may_load.set()
+        assert other.result(PATIENCE_S).num_output_tokens == 1
+
+
 def test_a_request_that_is_being_tokenised_can_be_cancelled():
     with held_coordinator() as (address, tokenizer), Client(address) as client:
         first = client.submit(HUGE, request_id="r")

@@ -136,6 +136,6 @@ def test_the_closing_table():
         "errors    out.errors.jsonl",
         "",
         "stage  device  layers  weights MB    KV MB  peak MB   busy  no input  no slot  no plan",
-        "    0  cuda:0    0-20     2,500.0  4,000.0  7,000.0  91.5%      6.0%     0.0%     2.5%",
-        "    1     cpu   20-36           -        -        -      -         -        -        -",
+        "    0  cuda:0    0-19     2,500.0  4,000.0  7,000.0  91.5%      6.0%     0.0%     2.5%",
+        "    1     cpu   20-35           -        -        -      -         -        -        -",
     ]
