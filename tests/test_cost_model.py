@@ -191,13 +191,26 @@ def test_a_profile_is_read_as_it_was_written(tmp_path) -> None:
         ({"profile_version": 99}, "expected profile_version"),
         ({"head": []}, "head: empty"),
         ({"head": [[1]]}, "not enough values"),
+        ({"head": 7}, "not iterable"),
+        ({"head": [[0, 1.0]]}, "head: sizes do not rise"),
+        ({"head": [[1, float("inf")]]}, "head: times below 0 or not finite"),
+        ({"layer_decode": [[float("inf"), 1.0]]}, "infinity"),
+        ({"context_token_s": "long"}, "not supported"),
+        ({"plan_overhead_s": float("nan")}, "plan_overhead_s: expected"),
         ({"unknown": 1}, "unknown"),
-        (None, "Expecting"),
+        ("{", "Expecting"),
+        # JSON, but not a profile
+        ("[]", "expected a map, got list"),
+        ("[1, 2]", "expected a map, got list"),
+        ("null", "expected a map, got NoneType"),
+        ('"text"', "expected a map, got str"),
+        ("7", "expected a map, got int"),
+        ('{"profile_version": 1}', "layer_decode: missing"),
     ],
 )
 def test_a_damaged_profile_is_named(tmp_path, change, message) -> None:
     path = tmp_path / "profile.json"
-    path.write_text("{" if change is None else json.dumps(PROFILE.to_plain() | change))
+    path.write_text(change if isinstance(change, str) else json.dumps(PROFILE.to_plain() | change))
     with pytest.raises(ValueError, match=message) as error:
         read_profile(path)
     assert str(path) in str(error.value)
