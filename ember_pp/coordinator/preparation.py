@@ -112,6 +112,16 @@ def prepare(config: Config) -> Preparation:
     )
 
 
+def check_writable(key: str, path: Path) -> None:
+    """Refuse a file that could not be written once everything is done.
+
+    Raises:
+        ConfigError: names ``key``.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{key}: {path} cannot be written; is its folder there?")
+
+
 def default_max_in_flight(num_stages: int, run_ahead: int) -> int:
     """One plan per stage, and one more to be ready while the host schedules.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ember_pp.checkpoint import BUNDLED_MODEL, Checkpoint, locate, read_config
 from ember_pp.config import Config, ModelSettings
-from ember_pp.coordinator.preparation import choose_devices
+from ember_pp.coordinator.preparation import check_writable, choose_devices
 from ember_pp.devices import (
     DeviceSpec,
     count_gpus,
@@ -42,6 +42,8 @@ def run(config: Config) -> int:
         CapacityError: no layout fits the devices; says by how much, and what would.
         ConfigError, CheckpointError: the settings or the model cannot be used.
     """
+    if config.plan.output is not None:
+        check_writable("plan.output", Path(config.plan.output))
     cfg = read_model(config.model)
     devices = choose_plan_devices(config)
     if config.profile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import lzma
 import re
@@ -19,6 +20,7 @@ from ember_pp import config as configuration
 from ember_pp.coordinator.preparation import prepare
 from ember_pp.devices import known_cards
 from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError
+from ember_pp.jobs import plan as plan_job
 from ember_pp.jobs.plan_workload import read_trace
 
 RTX_3090 = '{name: "RTX 3090", memory_gib: 24, bandwidth_gbps: 936, tflops: 71}'
@@ -210,7 +212,8 @@ def test_what_it_says_would_fit_does_and_one_less_does_not(plan) -> None:
         (["plan.sequences=0"], r"plan.sequences: expected at least 1"),
         (["plan.prompt_tokens=5000"], r"plan.prompt_tokens: 5000 .* than the 2048 tokens"),
         (["plan.workload=missing.csv"], r"plan.workload: missing.csv: .*No such file"),
-        (["plan.output=no/such/p.json"], r"plan.output: no/such/p.json: No such file"),
+        (["plan.output=no/such/p.json"], r"plan.output: no/such/p.json cannot be written; is"),
+        (["plan.output=."], r"plan.output: \. cannot be written"),
         (["pipeline.stages=11"], r"pipeline.stages: 11 stages for a model of 10 layers"),
         (["model.path=/no/such/folder"], r"model.path: no folder /no/such/folder"),
         (["profile=true", "plan.devices=RTX 3090"], r"profile: RTX 3090 is not on this machine"),
@@ -221,6 +224,19 @@ def test_mistakes_are_code_2_and_named(plan, arguments, message) -> None:
     assert code == EXIT_CONFIG
     assert re.search(message, err), err
     assert "Traceback" not in err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    plan, monkeypatch
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("computed first")
+
+    monkeypatch.setattr(plan_job, "read_model", never)
+    monkeypatch.setattr(plan_job, "choose_layout", never)
+    code, out, err = plan("plan.output=no/such/p.json")
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert "plan.output: no/such/p.json cannot be written" in err
 
 
 @pytest.mark.parametrize(
@@ -363,7 +379,7 @@ def test_a_profile_is_measured_stored_and_used(plan, tmp_path) -> None:
 
 
 def write_trace(path: Path, rows: list[tuple[str, object, object]]) -> None:
-    opener = lzma.open if path.suffix == ".xz" else open
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     with opener(path, "wt", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["TIMESTAMP", "ContextTokens", "GeneratedTokens"])
@@ -391,19 +407,44 @@ def test_a_trace_is_read_in_order_of_time(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("rows", "message"),
     [
-        ("a,b\n1,2\n", r"trace.csv: no column TIMESTAMP"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n0,3,4\n1,x,4\n", r"trace.csv: line 3: "),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,3,4\n", r"trace.csv: line 2: "),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n0,3\n", r"trace.csv: line 2: "),
+        ("0,3,4\n1,x,4", r"line 3: ContextTokens: expected a whole number, got 'x'$"),
+        ("0,3,4.5", r"line 2: GeneratedTokens: expected a whole number, got '4\.5'$"),
+        ("noon,3,4", r"line 2: TIMESTAMP: expected seconds, or a date and time, got 'noon'$"),
+        ("nan,3,4", r"line 2: TIMESTAMP: expected seconds"),
+        (99 * "n" + ",3,4", r"line 2: TIMESTAMP: .*'n{60}\.\.\.'$"),
+        ("0,3", r"line 2: GeneratedTokens: missing$"),
+        ("0,3," + 200_000 * "4", r"field larger than field limit"),
     ],
 )
-def test_a_damaged_trace_is_named_by_line(tmp_path, text, message) -> None:
+def test_a_damaged_trace_is_named_by_line_and_column(tmp_path, rows, message) -> None:
     path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}\n")
+    with pytest.raises(ConfigError, match=rf"^plan\.workload: {path}: {message}"):
         read_trace(path)
+
+
+def test_a_trace_without_a_column_is_named(tmp_path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"trace.csv: no column TIMESTAMP"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_damaged_archive_is_named(plan, tmp_path, suffix) -> None:
+    path = tmp_path / f"trace.csv{suffix}"
+    write_trace(path, [(f"{second}", 100 + second % 7, 20) for second in range(2000)])
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(byte ^ 0xFF for byte in whole[middle:-8]) + whole[-8:]
+    for damaged in (whole[:middle], flipped, b"TIMESTAMP,ContextTokens,GeneratedTokens\n"):
+        path.write_bytes(damaged)
+        code, _, err = plan("plan.workload=" + path.name)
+        assert code == EXIT_CONFIG
+        assert err.startswith(f"ember-pp: plan.workload: {path.name}: "), err
+        assert err.count("\n") == 1
 
 
 def test_a_trace_is_simulated(plan, tmp_path) -> None:
