@@ -122,6 +122,19 @@ class Layout:
         ]
         return max(costs, key=size.time_s)
 
+    def scheduler_cost(self, ranges: Sequence[LayerRange], size: PlanSize) -> PlanCost | None:
+        """What a scheduler times plans by: the slowest stage.
+
+        None with CPU stages that nobody has measured: what a plan costs there beside its tokens
+        is not known, and decides how large chunks are.
+        """
+        is_rough = any(
+            device.spec.kind == "cpu" and device.profile is None
+            for stage in range(self.num_stages)
+            for device in self.devices_of(stage)
+        )
+        return None if is_rough else self.slowest_cost(ranges, size)
+
     def _num_kv_blocks(self, stage: int, num_layers: int, device: StageDevice) -> int:
         held, block_bytes = self.held(stage, num_layers, device), self.block_bytes(num_layers)
         if self.settings.kv_memory_bytes is not None:

@@ -90,7 +90,8 @@ def make_simulation(scheduler: Scheduler, prediction: Prediction) -> Simulation:
 def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
     """The scheduler of one replica, as a run with this layout would have it."""
     settings = prediction.layout.settings
-    slowest = max((stage.cost for stage in prediction.stages), key=prediction.steady.time_s)
+    ranges = [stage.layers for stage in prediction.stages]
+    cost = prediction.layout.scheduler_cost(ranges, prediction.steady)
     return Scheduler(
         num_blocks=prediction.num_kv_tokens // settings.block_size,
         block_size=settings.block_size,
@@ -102,7 +103,7 @@ def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
         max_model_len=settings.max_model_len,
         prefix_caching=False,  # a trace says nothing about what prompts have in common
         policy=POLICIES[config.scheduler.policy],
-        plan_time_s=slowest.time_s,
+        plan_time_s=None if cost is None else cost.time_s,
     )
 
 

@@ -21,7 +21,7 @@ from ember_pp.coordinator.preparation import prepare
 from ember_pp.devices import known_cards
 from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError
 from ember_pp.jobs import plan as plan_job
-from ember_pp.jobs.plan_workload import read_trace
+from ember_pp.jobs.plan_workload import make_scheduler, read_trace
 
 RTX_3090 = '{name: "RTX 3090", memory_gib: 24, bandwidth_gbps: 936, tflops: 71}'
 PRESETS = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
@@ -489,6 +489,28 @@ def test_of_replicas_one_is_simulated_with_its_share(plan) -> None:
         2 * simulation["one_replica"]["output_tokens_per_s"]
     )
     assert "(one of 2 replicas)" in out
+
+
+def times_of_the_simulated(config: configuration.Config):
+    """What the scheduler of a simulation takes plans to last, and the prediction."""
+    cfg = plan_job.read_model(config.model)
+    chosen, _ = plan_job.choose_layout(config, cfg, plan_job.choose_plan_devices(config))
+    return make_scheduler(config, chosen)._plan_time_s, chosen
+
+
+def test_a_simulated_scheduler_knows_no_times_that_a_run_does_not(monkeypatch, tmp_path) -> None:
+    given = ["model=demo", "pipeline.devices=cpu", "pipeline.stages=2"]
+    given.append(f"plan.profile_folder={tmp_path}")
+    assert prepare(build(monkeypatch, *given, "job=serve")).plan_cost is None
+    plan_time_s, _ = times_of_the_simulated(build(monkeypatch, *given, "job=plan"))
+    assert plan_time_s is None
+
+
+def test_a_simulated_scheduler_times_plans_by_the_slowest_stage(monkeypatch) -> None:
+    given = ["model=qwen3-8b", "plan.devices=2xRTX 4090", "pipeline.stages=2"]
+    plan_time_s, chosen = times_of_the_simulated(build(monkeypatch, *given, "job=plan"))
+    slowest = max(chosen.stages, key=lambda stage: stage.steady_s)
+    assert plan_time_s.__self__ == slowest.cost
 
 
 def test_none_of_the_requests_fits(plan, tmp_path) -> None:
