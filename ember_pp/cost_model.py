@@ -207,6 +207,16 @@ class Profile:
     context_bytes: int = 0
     """CUDA context and libraries; 0 on the CPU."""
 
+    @property
+    def most_decodes(self) -> int:
+        """Decode rows of the largest plan that was measured; more are extrapolated."""
+        return min(self.layer_decode[-1][0], self.head[-1][0])
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt tokens of the largest plan that was measured; more are extrapolated."""
+        return self.layer_prefill[-1][0]
+
     def to_plain(self) -> dict[str, Any]:
         """As nested maps and lists for JSON."""
         return dataclasses.asdict(self) | {"profile_version": PROFILE_VERSION}

@@ -122,6 +122,12 @@ def test_measured_times_are_joined_by_straight_lines() -> None:
     assert cost.time_s(0, 6, 6) == pytest.approx(0.25 + 2 * (3.5 + 0.003))
 
 
+def test_a_profile_knows_how_far_it_goes() -> None:
+    assert (PROFILE.most_decodes, PROFILE.most_tokens) == (3, 11)  # the head was measured to 3
+    longer = dataclasses.replace(PROFILE, head=((1, 0.5), (9, 0.9)))
+    assert longer.most_decodes == 5
+
+
 def test_prompt_tokens_add_what_they_add_to_a_prompt() -> None:
     cost = measured(1, is_last=False)
     # 5 decodes take 3.0; 6 tokens more take a prompt of 5 (3.0) to one of 11 (6.0)

@@ -140,6 +140,18 @@ def test_the_worst_replica_decides() -> None:
     )
 
 
+def test_the_replica_with_the_least_to_spare_limits_in_any_order() -> None:
+    small, slow, fast = device(2 * GIB), device(speed=0.25), device(speed=4)
+    for order in itertools.permutations([small, slow, fast]):
+        layout = Layout(CFG, SETTINGS, [[one] for one in order])
+        assert layout.limiting_device(0, 7, NUM_KV_TOKENS) == small
+        alone = Layout(CFG, SETTINGS, [[small]])
+        assert layout.lacking_bytes(0, 7, NUM_KV_TOKENS) == alone.lacking_bytes(0, 7, NUM_KV_TOKENS)
+    for order in ([slow, fast], [fast, slow]):  # as much memory: the slower one
+        layout = Layout(CFG, SETTINGS, [[one] for one in order])
+        assert layout.limiting_device(0, 7, NUM_KV_TOKENS) == slow
+
+
 def test_replicas_of_one_kind_are_one_device() -> None:
     layout = Layout(CFG, SETTINGS, [[device(), device(speed=2)]] * 3)
     assert layout.devices_of(1) == (device(speed=2),)

@@ -36,13 +36,15 @@ class Simulated:
 
     workload: str
     num_replicas: int
+    has_equal_replicas: bool
+    """Otherwise the one that is simulated has the slowest device of each stage."""
     num_skipped: int
     """Requests that can never fit."""
     report: Report
 
     @property
     def output_tokens_per_s(self) -> float:
-        """Of all replicas."""
+        """Of all replicas, if all were like this one."""
         return self.num_replicas * self.report.output_tokens_per_s
 
     def to_plain(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def simulate(config: Config, prediction: Prediction) -> Simulated:
     return Simulated(
         workload=name,
         num_replicas=prediction.num_replicas,
+        has_equal_replicas=not prediction.has_unequal_replicas,
         num_skipped=len(arrivals) - len(fitting),
         report=make_simulation(scheduler, prediction).run(fitting),
     )

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from ember_pp import __main__ as entry
+from ember_pp import __version__
 from ember_pp import config as configuration
 from ember_pp.coordinator.preparation import prepare
-from ember_pp.devices import known_cards
+from ember_pp.cost_model import Profile, architecture_key, profile_path
+from ember_pp.devices import cpu_device, known_cards
 from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError
 from ember_pp.jobs import plan as plan_job
 from ember_pp.jobs.plan_workload import make_scheduler, read_trace
@@ -148,6 +150,57 @@ def test_unequal_devices_get_unequal_shares(plan) -> None:
     layers = [end - start for start, end in (fast["layers"], slow["layers"])]
     assert layers[0] > 2 * layers[1]
     assert fast["steady_s"] == pytest.approx(slow["steady_s"], rel=0.15)
+
+
+def test_unequal_replicas_are_planned_by_the_worst_in_any_order(plan) -> None:
+    """The one with the least memory holds the KV cache, the slowest one says how long plans
+    take; throughput is the sum."""
+    given = ["model=qwen3-8b", "pipeline.stages=1", "pipeline.replicas=2", "plan.sequences=20",
+             "plan.output=p.json"]  # fmt: skip
+
+    def planned(*names: str) -> tuple[dict[str, Any], str]:
+        code, out, _ = plan(*given, f"plan.devices=[{','.join(names)}]")
+        assert code == EXIT_OK
+        return written(Path("p.json")), out.partition("\nplan: ")[2].partition("best layouts")[0]
+
+    first, shown = planned("RTX 4090", "A100 40GB")
+    again, shown_again = planned("A100 40GB", "RTX 4090")
+    assert (first["plan"], first["overrides"]) == (again["plan"], again["overrides"])
+    assert shown == shown_again
+    (stage,) = first["plan"]["stages"]
+    assert (stage["device"], stage["slowest_device"]) == ("RTX 4090", "RTX 4090")
+    assert re.search(r"the sum of replicas that are each at their own pace", shown)
+
+    small, _ = planned("RTX 4090", "RTX 4090")
+    fast, _ = planned("A100 40GB", "A100 40GB")
+    assert first["plan"]["kv_tokens"] == small["plan"]["kv_tokens"] < fast["plan"]["kv_tokens"]
+    assert first["plan"]["steady_step_s"] == small["plan"]["steady_step_s"]
+    both = small["plan"]["output_tokens_per_s"], fast["plan"]["output_tokens_per_s"]
+    assert both[0] < 0.9 * both[1]
+    assert first["plan"]["output_tokens_per_s"] == pytest.approx(sum(both) / 2)
+
+    # Little memory on one, slow memory on the other.
+    for names in (("RTX 3090", "A40"), ("A40", "RTX 3090")):
+        mixed, shown = planned(*names)
+        (stage,) = mixed["plan"]["stages"]
+        assert (stage["device"], stage["slowest_device"]) == ("RTX 3090", "A40")
+        assert re.search(r"  0 +RTX 3090 +36 \(0-35\)", shown)
+        assert re.search(r"  0 +A40 +\d", shown)
+        assert "stage 0 (RTX 3090) limits" in shown
+
+
+def test_replicas_of_stages_are_planned_by_the_worst_in_any_order(plan) -> None:
+    given = ["model=qwen3-8b", "pipeline.stages=2", "pipeline.replicas=2", "plan.sequences=40",
+             "plan.output_tokens=16", "plan.workload=synthetic", "plan.output=p.json"]  # fmt: skip
+    code, out, _ = plan(*given, "plan.devices=[RTX 4090,L4,RTX 3090,RTX 4090]")
+    first = written(Path("p.json"))
+    assert plan(*given, "plan.devices=[RTX 3090,RTX 4090,RTX 4090,L4]")[0] == code == EXIT_OK
+    again = written(Path("p.json"))
+    assert again["plan"] == first["plan"]
+    assert again["simulation"] == first["simulation"]
+    stages = first["plan"]["stages"]
+    assert [stage["slowest_device"] for stage in stages] == ["RTX 3090", "L4"]
+    assert "(the slowest device of each stage in 2 replicas)" in out
 
 
 @pytest.mark.parametrize(
@@ -372,6 +425,97 @@ def test_a_profile_is_measured_stored_and_used(plan, tmp_path) -> None:
     assert code == EXIT_OK
     assert str(stored) in err
     assert "measure again" in err
+
+
+def write_profile(folder: Path, num_threads: int, layer_s: float, **changes: object) -> None:
+    """Of the demo model on this processor: every layer takes as long, whatever it does."""
+    cfg = plan_job.read_model(configuration.build({"model": {"path": "demo"}}).model)
+    device = cpu_device().name
+    profile = Profile(
+        model=architecture_key(cfg),
+        dtype="float32",
+        device=device,
+        num_threads=num_threads,
+        version=__version__,
+        decode_context=128,
+        layer_decode=((1, layer_s), (64, layer_s)),
+        layer_prefill=((1, 0.0), (512, 0.0)),
+        context_token_s=0.0,
+        head=((1, 0.0), (64, 0.0)),
+        plan_overhead_s=0.0,
+    )
+    path = profile_path(str(folder), cfg, "float32", device, num_threads, __version__)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(profile.to_plain() | changes))
+
+
+def test_measured_layouts_are_not_ranked_with_those_at_peak_rates(
+    plan, monkeypatch, tmp_path
+) -> None:
+    """Two stages have two threads each on four cores, and one has four."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    given = ["pipeline.devices=cpu", "pipeline.stages=2", "plan.output=p.json"]
+
+    def listed() -> tuple[list[tuple[int, bool]], str]:
+        code, out, _ = plan(*given)
+        assert code == EXIT_OK
+        stored = written(Path("p.json"))
+        assert len(stored["plan"]["stages"]) == 2
+        best = [(len(one["stages"]), one["stages"][0]["is_measured"]) for one in stored["best"]]
+        return best, out
+
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)  # far slower than at peak rates
+    best, out = listed()
+    assert best == [(2, True), (1, False)]
+    assert re.search(r"  2 stages  measured .*\n  1 stage   at peak rates ", out)
+    assert "do not compare" in out
+    assert "would do better" not in out
+
+    write_profile(tmp_path / "profiles", 4, layer_s=0.1)
+    best, out = listed()
+    assert best == [(1, True), (2, True)]
+    assert "at peak rates" not in out
+    assert re.search(r"1 stage would do better than 2 stages: \d", out)
+
+    # The one that was asked for is not measured: it comes first, with what compares to it.
+    (tmp_path / "profiles").rename(tmp_path / "old")
+    write_profile(tmp_path / "profiles", 4, layer_s=1e-9)
+    best, out = listed()
+    assert best == [(2, False), (1, True)]
+    assert "do not compare" in out
+    assert "would do better" not in out
+
+
+def test_what_no_profile_measured_is_said_to_be_extrapolated(plan, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)
+    given = ["pipeline.devices=cpu", "pipeline.stages=2"]
+
+    def times_line(*more: str) -> str:
+        code, out, _ = plan(*given, *more)
+        assert code == EXIT_OK
+        (line,) = re.findall(r"^times +(.*)$", out, re.M)
+        return line
+
+    assert times_line("plan.sequences=128") == "measured on these devices"
+    assert times_line("plan.sequences=256") == (
+        "measured on these devices; extrapolated for plans of 128 decodes (measured up to 64)"
+    )
+    assert times_line("plan.sequences=256", "scheduler.max_tokens_per_plan=1024") == (
+        "measured on these devices; extrapolated for plans of 128 decodes (measured up to 64) "
+        "and of 1024 prompt tokens (measured up to 512)"
+    )
+
+
+def test_a_profile_that_is_no_map_is_a_warning(plan, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)
+    (stored,) = (tmp_path / "profiles").iterdir()
+    stored.write_text("[1, 2]")
+    code, out, err = plan("pipeline.devices=cpu", "pipeline.stages=2")
+    assert code == EXIT_OK
+    assert "times     the least possible" in out
+    assert f"profile not used: {stored}: expected a map" in err
 
 
 # --------------------------------------------------------------------------------------
