@@ -141,7 +141,7 @@ def test_the_worst_replica_decides() -> None:
 
 
 def test_the_replica_with_the_least_to_spare_limits_in_any_order() -> None:
-    small, slow, fast = device(2 * GIB), device(speed=0.25), device(speed=4)
+    small, slow, fast = device(2 * GIB), device(speed=9), device(speed=10)
     for order in itertools.permutations([small, slow, fast]):
         layout = Layout(CFG, SETTINGS, [[one] for one in order])
         assert layout.limiting_device(0, 7, NUM_KV_TOKENS) == small

@@ -237,11 +237,8 @@ def _comparison(
 
 
 def _advice(chosen: Prediction, best: Sequence[Prediction]) -> str:
-    """Says when another layout, with times of the same kind, would do better than that chosen."""
-    comparable = [plan for plan in best if plan.is_measured == chosen.is_measured]
-    if not comparable:
-        return ""
-    top = comparable[0]
+    """Says when another layout would do better; the first has times of the chosen one's kind."""
+    top = best[0]
     gain = top.output_tokens_per_s / chosen.output_tokens_per_s
     same = (top.num_replicas, len(top.stages)) == (chosen.num_replicas, len(chosen.stages))
     if same or (gain < 1.01 and len(top.stages) >= len(chosen.stages)):

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,9 @@ def test_unequal_replicas_are_planned_by_the_worst_in_any_order(plan) -> None:
     small, _ = planned("RTX 4090", "RTX 4090")
     fast, _ = planned("A100 40GB", "A100 40GB")
     assert first["plan"]["kv_tokens"] == small["plan"]["kv_tokens"] < fast["plan"]["kv_tokens"]
-    assert first["plan"]["steady_step_s"] == small["plan"]["steady_step_s"]
+    for name in ("steady_step_s", "decode_step_s", "prompt_s"):
+        assert first["plan"][name] == small["plan"][name]
+    assert stage["prefill_s"] == small["plan"]["stages"][0]["prefill_s"]
     both = small["plan"]["output_tokens_per_s"], fast["plan"]["output_tokens_per_s"]
     assert both[0] < 0.9 * both[1]
     assert first["plan"]["output_tokens_per_s"] == pytest.approx(sum(both) / 2)
@@ -484,6 +487,27 @@ def test_measured_layouts_are_not_ranked_with_those_at_peak_rates(
     assert best == [(2, False), (1, True)]
     assert "do not compare" in out
     assert "would do better" not in out
+
+
+def test_layouts_are_ranked_among_their_kind() -> None:
+    """By tokens/s; what is within a percent of the best of its kind, by fewer stages."""
+
+    def layout(is_measured: bool, num_stages: int, output_tokens_per_s: float) -> Any:
+        return types.SimpleNamespace(
+            is_measured=is_measured,
+            stages=[None] * num_stages,
+            output_tokens_per_s=output_tokens_per_s,
+        )
+
+    order = [
+        layout(True, 2, 99.5),
+        layout(True, 4, 100.0),
+        layout(True, 1, 90.0),
+        layout(False, 1, 1000.0),
+        layout(False, 8, 50.0),
+        layout(False, 2, 40.0),
+    ]
+    assert plan_job.rank(order[::-1]) == order
 
 
 def test_what_no_profile_measured_is_said_to_be_extrapolated(plan, monkeypatch, tmp_path) -> None:
