@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -206,28 +207,55 @@ class Profile:
     context_bytes: int = 0
     """CUDA context and libraries; 0 on the CPU."""
 
+    @property
+    def most_decodes(self) -> int:
+        """Decode rows of the largest plan that was measured; more are extrapolated."""
+        return min(self.layer_decode[-1][0], self.head[-1][0])
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt tokens of the largest plan that was measured; more are extrapolated."""
+        return self.layer_prefill[-1][0]
+
     def to_plain(self) -> dict[str, Any]:
         """As nested maps and lists for JSON."""
         return dataclasses.asdict(self) | {"profile_version": PROFILE_VERSION}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Profile:
+    def from_plain(cls, plain: Any) -> Profile:
         """What ``to_plain`` gave.
 
         Raises:
             ValueError: a field is missing, unknown or of the wrong form.
         """
+        if not isinstance(plain, Mapping):
+            raise ValueError(f"expected a map, got {type(plain).__name__}")
         fields = dict(plain)
         if fields.pop("profile_version", None) != PROFILE_VERSION:
             raise ValueError(f"expected profile_version {PROFILE_VERSION}")
         try:
             for name in ("layer_decode", "layer_prefill", "head"):
                 fields[name] = tuple((int(size), float(time_s)) for size, time_s in fields[name])
-                if not fields[name]:
-                    raise ValueError(f"{name}: empty")
+                _check_points(name, fields[name])
+            fields.setdefault("context_bytes", 0)
+            for name in ("decode_context", "context_token_s", "plan_overhead_s", "context_bytes"):
+                if not 0 <= fields[name] < math.inf:
+                    raise ValueError(f"{name}: expected a number from 0, got {fields[name]}")
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}: missing") from None
+        except (TypeError, OverflowError) as error:
             raise ValueError(str(error)) from None
+
+
+def _check_points(name: str, points: Sequence[tuple[int, float]]) -> None:
+    if not points:
+        raise ValueError(f"{name}: empty")
+    sizes = [0, *(size for size, _ in points)]
+    if any(low >= high for low, high in itertools.pairwise(sizes)):
+        raise ValueError(f"{name}: sizes do not rise")
+    if not all(0 <= time_s < math.inf for _, time_s in points):
+        raise ValueError(f"{name}: times below 0 or not finite")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

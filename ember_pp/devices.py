@@ -139,12 +139,25 @@ def _by_name(name: str) -> DeviceSpec:
         return cpu_device()
     card = _find_card(name)
     if card is None:
-        names = [known.name for known in known_cards()]
         raise ConfigError(
-            f"plan.devices: no card {name!r} in the table{suggest(name, names)}; "
+            f"plan.devices: no card {name!r} in the table{_suggest_cards(name)}; "
+            "docs/planning.md lists them all; or "
             "describe it: {name: NAME, memory_gib: 24, bandwidth_gbps: 936, tflops: 71}"
         )
     return card.spec()
+
+
+def _suggest_cards(name: str) -> str:
+    """The cards whose names begin with what was given; without any, the one most like it."""
+    beginning = _plain(name)
+    longer = [
+        card.name
+        for card in known_cards()
+        if beginning and any(_plain(one).startswith(beginning) for one in (card.name, *card.driver))
+    ]
+    if longer:
+        return f"; did you mean {' or '.join(map(repr, longer))}?"
+    return suggest(name, [card.name for card in known_cards()])
 
 
 def _find_card(name: str) -> Card | None:

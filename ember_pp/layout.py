@@ -108,9 +108,23 @@ class Layout:
     def lacking_bytes(self, stage: int, num_layers: int, num_kv_tokens: int) -> int:
         """Memory that is missing for a KV cache of ``num_kv_tokens``; negative: what is left."""
         return max(
-            self._needed_bytes(stage, num_layers, num_kv_tokens, device)
-            - (device.spec.memory_bytes or _NO_LIMIT)
+            self._lacking_bytes(stage, num_layers, num_kv_tokens, device)
             for device in self.devices_of(stage)
+        )
+
+    def limiting_device(self, stage: int, num_layers: int, num_kv_tokens: int) -> StageDevice:
+        """That of ``lacking_bytes``: the one with the least memory to spare.
+
+        Of several it is the slowest, then the first by name: the order of replicas decides
+        nothing.
+        """
+        return min(
+            self.devices_of(stage),
+            key=lambda device: (
+                -self._lacking_bytes(stage, num_layers, num_kv_tokens, device),
+                device.spec.bandwidth_bytes_per_s,
+                device.spec.name,
+            ),
         )
 
     def slowest_cost(self, ranges: Sequence[LayerRange], size: PlanSize) -> PlanCost:
@@ -122,12 +136,31 @@ class Layout:
         ]
         return max(costs, key=size.time_s)
 
+    def scheduler_cost(self, ranges: Sequence[LayerRange], size: PlanSize) -> PlanCost | None:
+        """What a scheduler times plans by: the slowest stage.
+
+        None with CPU stages that nobody has measured: what a plan costs there beside its tokens
+        is not known, and decides how large chunks are.
+        """
+        is_rough = any(
+            device.spec.kind == "cpu" and device.profile is None
+            for stage in range(self.num_stages)
+            for device in self.devices_of(stage)
+        )
+        return None if is_rough else self.slowest_cost(ranges, size)
+
     def _num_kv_blocks(self, stage: int, num_layers: int, device: StageDevice) -> int:
         held, block_bytes = self.held(stage, num_layers, device), self.block_bytes(num_layers)
         if self.settings.kv_memory_bytes is not None:
             return self.settings.kv_memory_bytes // block_bytes
         free_bytes = (device.spec.memory_bytes or _NO_LIMIT) - held.context - held.loaded
         return memory_model.kv_budget_bytes(free_bytes, held.activations) // block_bytes
+
+    def _lacking_bytes(
+        self, stage: int, num_layers: int, num_kv_tokens: int, device: StageDevice
+    ) -> int:
+        needed_bytes = self._needed_bytes(stage, num_layers, num_kv_tokens, device)
+        return needed_bytes - (device.spec.memory_bytes or _NO_LIMIT)
 
     def _needed_bytes(
         self, stage: int, num_layers: int, num_kv_tokens: int, device: StageDevice
@@ -220,7 +253,7 @@ def _check_fits(layout: Layout, ranges: Sequence[LayerRange], num_kv_tokens: int
     if lacking[worst] <= 0:
         return
     start, end = ranges[worst]
-    device = min(layout.devices_of(worst), key=lambda one: one.spec.memory_bytes or _NO_LIMIT)
+    device = layout.limiting_device(worst, end - start, num_kv_tokens)
     held = layout.held(worst, end - start, device)
     kv_bytes = layout.block_bytes(end - start) * num_kv_tokens // layout.settings.block_size
     raise CapacityError(

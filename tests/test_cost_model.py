@@ -122,6 +122,12 @@ def test_measured_times_are_joined_by_straight_lines() -> None:
     assert cost.time_s(0, 6, 6) == pytest.approx(0.25 + 2 * (3.5 + 0.003))
 
 
+def test_a_profile_knows_how_far_it_goes() -> None:
+    assert (PROFILE.most_decodes, PROFILE.most_tokens) == (3, 11)  # the head was measured to 3
+    longer = dataclasses.replace(PROFILE, head=((1, 0.5), (9, 0.9)))
+    assert longer.most_decodes == 5
+
+
 def test_prompt_tokens_add_what_they_add_to_a_prompt() -> None:
     cost = measured(1, is_last=False)
     # 5 decodes take 3.0; 6 tokens more take a prompt of 5 (3.0) to one of 11 (6.0)
@@ -191,13 +197,26 @@ def test_a_profile_is_read_as_it_was_written(tmp_path) -> None:
         ({"profile_version": 99}, "expected profile_version"),
         ({"head": []}, "head: empty"),
         ({"head": [[1]]}, "not enough values"),
+        ({"head": 7}, "not iterable"),
+        ({"head": [[0, 1.0]]}, "head: sizes do not rise"),
+        ({"head": [[1, float("inf")]]}, "head: times below 0 or not finite"),
+        ({"layer_decode": [[float("inf"), 1.0]]}, "infinity"),
+        ({"context_token_s": "long"}, "not supported"),
+        ({"plan_overhead_s": float("nan")}, "plan_overhead_s: expected"),
         ({"unknown": 1}, "unknown"),
-        (None, "Expecting"),
+        ("{", "Expecting"),
+        # JSON, but not a profile
+        ("[]", "expected a map, got list"),
+        ("[1, 2]", "expected a map, got list"),
+        ("null", "expected a map, got NoneType"),
+        ('"text"', "expected a map, got str"),
+        ("7", "expected a map, got int"),
+        ('{"profile_version": 1}', "layer_decode: missing"),
     ],
 )
 def test_a_damaged_profile_is_named(tmp_path, change, message) -> None:
     path = tmp_path / "profile.json"
-    path.write_text("{" if change is None else json.dumps(PROFILE.to_plain() | change))
+    path.write_text(change if isinstance(change, str) else json.dumps(PROFILE.to_plain() | change))
     with pytest.raises(ValueError, match=message) as error:
         read_profile(path)
     assert str(path) in str(error.value)

@@ -80,6 +80,13 @@ def test_the_processor_is_a_device_too() -> None:
     ("value", "message"),
     [
         ("RTX 3091", r"plan.devices: no card 'RTX 3091' in the table.*RTX 3090.*describe it"),
+        (
+            "4xA100",
+            r"no card 'A100' in the table; did you mean "
+            r"'A100 40GB' or 'A100 80GB' or 'A100 80GB PCIe'\?; docs/planning.md lists them all",
+        ),
+        ("NVIDIA A100-SXM4", r"did you mean 'A100 40GB' or 'A100 80GB'\?"),
+        ("geforce", r"no card 'geforce' in the table; docs/planning.md lists them all"),
         ("0xRTX 3090", r"expected 1 to 1024 devices, got 0"),
         ("99999999999xL4", r"expected 1 to 1024 devices, got 1025"),
         ([], r"expected 1 to 1024 devices, got 0"),

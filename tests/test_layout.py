@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ember_pp.cost_model import PlanSize
+from ember_pp.cost_model import MeasuredCost, PlanSize, Profile
 from ember_pp.devices import DeviceSpec, parse_devices
 from ember_pp.errors import CapacityError, ConfigError
 from ember_pp.layout import Layout, StageDevice, choose_split
@@ -140,6 +140,18 @@ def test_the_worst_replica_decides() -> None:
     )
 
 
+def test_the_replica_with_the_least_to_spare_limits_in_any_order() -> None:
+    small, slow, fast = device(2 * GIB), device(speed=9), device(speed=10)
+    for order in itertools.permutations([small, slow, fast]):
+        layout = Layout(CFG, SETTINGS, [[one] for one in order])
+        assert layout.limiting_device(0, 7, NUM_KV_TOKENS) == small
+        alone = Layout(CFG, SETTINGS, [[small]])
+        assert layout.lacking_bytes(0, 7, NUM_KV_TOKENS) == alone.lacking_bytes(0, 7, NUM_KV_TOKENS)
+    for order in ([slow, fast], [fast, slow]):  # as much memory: the slower one
+        layout = Layout(CFG, SETTINGS, [[one] for one in order])
+        assert layout.limiting_device(0, 7, NUM_KV_TOKENS) == slow
+
+
 def test_replicas_of_one_kind_are_one_device() -> None:
     layout = Layout(CFG, SETTINGS, [[device(), device(speed=2)]] * 3)
     assert layout.devices_of(1) == (device(speed=2),)
@@ -186,6 +198,26 @@ def test_the_slowest_stage_is_that_of_the_plan_at_hand() -> None:
     assert cost == layout.cost(1, 5, device())
     unequal = Layout(CFG, SETTINGS, [[device()] * 2, [device(), device(speed=0.1)]])
     assert unequal.slowest_cost([(0, 5), (5, 7)], DECODE) == unequal.cost(1, 2, device(speed=0.1))
+
+
+def test_a_scheduler_is_given_no_times_that_are_only_guessed() -> None:
+    cpu = StageDevice(parse_devices("cpu")[0])
+    ranges = [(0, 5), (5, 7)]
+    assert Layout(CFG, SETTINGS, [[cpu] * 2]).scheduler_cost(ranges, DECODE) is None
+    assert Layout(CFG, SETTINGS, [[device()] * 2, [device(), cpu]]).scheduler_cost(
+        ranges, DECODE
+    ) is None  # fmt: skip
+    profile = Profile(
+        model="", dtype="", device="", num_threads=1, version="", decode_context=1,
+        layer_decode=((1, 1.0),), layer_prefill=((1, 1.0),), head=((1, 0.5),),
+        context_token_s=0.0, plan_overhead_s=0.0,
+    )  # fmt: skip
+    measured = Layout(CFG, SETTINGS, [[dataclasses.replace(cpu, profile=profile)] * 2])
+    assert measured.scheduler_cost(ranges, DECODE) == MeasuredCost(
+        profile=profile, num_layers=5, is_last=False
+    )
+    cards = Layout(CFG, SETTINGS, [[device()] * 2])
+    assert cards.scheduler_cost(ranges, DECODE) == cards.slowest_cost(ranges, DECODE)
 
 
 def test_says_by_how_much_it_does_not_fit() -> None:

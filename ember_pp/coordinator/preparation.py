@@ -16,14 +16,7 @@ from typing import Any
 from ember_pp import __version__
 from ember_pp.checkpoint import Checkpoint, locate, read_config, read_generation_config
 from ember_pp.config import Config, ModelSettings
-from ember_pp.cost_model import (
-    MeasuredCost,
-    PlanCost,
-    Profile,
-    Workload,
-    profile_path,
-    read_profile,
-)
+from ember_pp.cost_model import PlanCost, Profile, Workload, profile_path, read_profile
 from ember_pp.devices import DeviceSpec, count_gpus, find_devices
 from ember_pp.errors import ConfigError
 from ember_pp.layout import Layout, StageDevice, choose_split
@@ -55,8 +48,7 @@ class Preparation:
     layer_ranges: list[LayerRange]
     """Half-open layer range of each stage."""
     plan_cost: PlanCost | None
-    """Predicted cost of plans on the slowest stage; None of CPU stages that nobody has measured:
-    what a plan costs there beside its tokens is not known, and decides how large chunks are."""
+    """Of the slowest stage, as predicted; see ``Layout.scheduler_cost``."""
     devices: list[str]
     """Device of each stage, replica after replica."""
     cpu_threads: int
@@ -92,10 +84,9 @@ def prepare(config: Config) -> Preparation:
     max_in_flight = config.pipeline.max_in_flight or default_max_in_flight(num_stages, run_ahead)
     max_model_len = choose_max_model_len(config.model, model_config)
     devices = choose_devices(config.pipeline.devices, num_processes, count_gpus())
-    layer_ranges, slowest_cost = _place_layers(
+    layer_ranges, plan_cost = _place_layers(
         config, model_config, devices, max_model_len, max_in_flight
     )
-    is_rough = "cpu" in devices and not isinstance(slowest_cost, MeasuredCost)
     return Preparation(
         model_config=model_config,
         folder=folder,
@@ -104,12 +95,22 @@ def prepare(config: Config) -> Preparation:
         sampling_defaults=read_sampling_defaults(generation) | config.sampling.given(),
         max_model_len=max_model_len,
         layer_ranges=layer_ranges,
-        plan_cost=None if is_rough else slowest_cost,
+        plan_cost=plan_cost,
         devices=devices,
         cpu_threads=choose_cpu_threads(config, num_processes),
         max_in_flight=max_in_flight,
         num_microbatches=choose_num_microbatches(num_stages, max_in_flight, run_ahead),
     )
+
+
+def check_writable(key: str, path: Path) -> None:
+    """Refuse a file that could not be written once everything is done.
+
+    Raises:
+        ConfigError: names ``key``.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{key}: {path} cannot be written; is its folder there?")
 
 
 def default_max_in_flight(num_stages: int, run_ahead: int) -> int:
@@ -167,8 +168,8 @@ def _place_layers(
     devices: Sequence[str],
     max_model_len: int,
     max_in_flight: int,
-) -> tuple[list[LayerRange], PlanCost]:
-    """Layers of each stage, for the workload of ``plan``, and the cost of the slowest stage."""
+) -> tuple[list[LayerRange], PlanCost | None]:
+    """Layers of each stage, for the workload of ``plan``, and what plans are timed by."""
     pipeline, scheduler = config.pipeline, config.scheduler
     num_threads = choose_cpu_threads(config, len(devices))
     placed = with_profiles(config, model_config, find_devices(devices), num_threads)
@@ -187,7 +188,7 @@ def _place_layers(
     # Less than this and nothing can run; how much more there is, the stages say.
     num_kv_tokens = config.cache.block_size * num_microbatches
     ranges = choose_split(layout, pipeline.split, size=size, num_kv_tokens=num_kv_tokens)
-    return ranges, layout.slowest_cost(ranges, size)
+    return ranges, layout.scheduler_cost(ranges, size)
 
 
 def stage_settings(config: Config, max_model_len: int, max_in_flight: int) -> StageSettings:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ember_pp.checkpoint import BUNDLED_MODEL, Checkpoint, locate, read_config
 from ember_pp.config import Config, ModelSettings
-from ember_pp.coordinator.preparation import choose_devices
+from ember_pp.coordinator.preparation import check_writable, choose_devices
 from ember_pp.devices import (
     DeviceSpec,
     count_gpus,
@@ -42,6 +42,8 @@ def run(config: Config) -> int:
         CapacityError: no layout fits the devices; says by how much, and what would.
         ConfigError, CheckpointError: the settings or the model cannot be used.
     """
+    if config.plan.output is not None:
+        check_writable("plan.output", Path(config.plan.output))
     cfg = read_model(config.model)
     devices = choose_plan_devices(config)
     if config.profile:
@@ -95,6 +97,10 @@ def choose_layout(
 ) -> tuple[Prediction, list[Prediction]]:
     """The layout to use, and the best ones that fit, the best first.
 
+    Those whose times are not of the same kind as the chosen one's, measured or at peak rates,
+    come after all others: the number of threads of a CPU stage depends on the layout, so one may
+    have a profile and another not.
+
     With ``pipeline.stages`` or ``pipeline.replicas`` above 1 it is the one that they say.
 
     Raises:
@@ -115,7 +121,9 @@ def choose_layout(
         text = _what_would_fit(any_split, cfg, devices, rank(list(would_fit.values())))
         raise CapacityError(f"{failure}. {text}")
     ranked = rank(list(fitting.values()))
-    return fitting[wanted] if is_given else ranked[0], ranked[:_NUM_SHOWN]
+    chosen = fitting[wanted] if is_given else ranked[0]
+    ranked.sort(key=lambda one: one.is_measured != chosen.is_measured)
+    return chosen, ranked[:_NUM_SHOWN]
 
 
 def _predict_all(
@@ -135,13 +143,18 @@ def _predict_all(
 
 
 def rank(predictions: Sequence[Prediction]) -> list[Prediction]:
-    """By throughput; of those that are about as good as the best, fewer stages first."""
-    best = max((one.output_tokens_per_s for one in predictions), default=0.0)
+    """By throughput; of those that are about as good as the best, fewer stages first.
 
-    def key(one: Prediction) -> tuple[int, float]:
-        if one.output_tokens_per_s >= _IS_AS_GOOD * best:
-            return 0, len(one.stages)
-        return 1, -one.output_tokens_per_s
+    Measured ones first, and apart: the others are at peak rates, which nothing reaches.
+    """
+    best = {True: 0.0, False: 0.0}
+    for one in predictions:
+        best[one.is_measured] = max(best[one.is_measured], one.output_tokens_per_s)
+
+    def key(one: Prediction) -> tuple[bool, int, float]:
+        if one.output_tokens_per_s >= _IS_AS_GOOD * best[one.is_measured]:
+            return not one.is_measured, 0, len(one.stages)
+        return not one.is_measured, 1, -one.output_tokens_per_s
 
     return sorted(predictions, key=key)
 

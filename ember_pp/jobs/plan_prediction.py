@@ -32,9 +32,12 @@ _GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StagePrediction:
-    """One stage of the first replica; times are those of a plan there."""
+    """One stage; where replicas have different devices, of the worst of them."""
 
     device: StageDevice
+    """The one with the least memory to spare: what is held is held there."""
+    slowest: StageDevice
+    """The one that takes longest for the average plan; times are of a plan there."""
     layers: LayerRange
     held: StageBytes
     """With the KV cache that is agreed on."""
@@ -55,6 +58,8 @@ class Prediction:
 
     layout: Layout
     stages: list[StagePrediction]
+    replica_steady_s: list[list[float]]
+    """The average plan on each stage of each replica; ``stages`` has the slowest."""
     workload: Workload
     """Of each replica, with no more requests at once than its KV cache holds."""
     num_microbatches: int
@@ -64,6 +69,16 @@ class Prediction:
     def num_replicas(self) -> int:
         """Copies of the pipeline."""
         return len(self.layout.devices)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether times are by profiles; they do not compare with times at peak rates."""
+        return all(stage.slowest.profile is not None for stage in self.stages)
+
+    @property
+    def has_unequal_replicas(self) -> bool:
+        """Whether a stage runs on different devices in different replicas."""
+        return any(len(self.layout.devices_of(stage)) > 1 for stage in range(len(self.stages)))
 
     @property
     def num_kv_tokens(self) -> int:
@@ -111,9 +126,9 @@ class Prediction:
 
     @property
     def output_tokens_per_s(self) -> float:
-        """Of all replicas, in the steady state."""
+        """Of all replicas, each at its own pace, in the steady state."""
         num_rows = self.steady.num_decodes * self.num_microbatches
-        return self.num_replicas * num_rows / self.steady_s
+        return sum(num_rows / self._cycle_s(times_s) for times_s in self.replica_steady_s)
 
     def overrides(self, config: Config) -> list[str]:
         """Settings that turn ``config`` into this layout."""
@@ -145,7 +160,8 @@ class Prediction:
             "stages": [
                 {
                     "device": stage.device.spec.name,
-                    "is_measured": stage.device.profile is not None,
+                    "slowest_device": stage.slowest.spec.name,
+                    "is_measured": stage.slowest.profile is not None,
                     "layers": list(stage.layers),
                     "memory_bytes": stage.device.spec.memory_bytes,
                     "bytes": dataclasses.asdict(stage.held) | {"total": stage.held.total},
@@ -277,27 +293,37 @@ def _describe(placement: _Placement, num_microbatches: int, max_in_flight: int) 
     steady = workload.steady_plan(num_microbatches, most)
     decode = workload.decode_plan(num_microbatches)
     prefill = PlanSize(num_decodes=0, num_prefill_tokens=most, num_context_tokens=most)
-    num_blocks = min(placement.num_kv_tokens) // layout.settings.block_size
-    stages = []
+    num_kv_tokens = min(placement.num_kv_tokens)
+    num_blocks = num_kv_tokens // layout.settings.block_size
+    stages, steady_s = [], []
     for stage, (start, end) in enumerate(placement.ranges):
-        device = layout.devices[0][stage]
-        cost = layout.cost(stage, end - start, device)
-        held = layout.held(stage, end - start, device)
+        count = end - start
+        costs = {device: layout.cost(stage, count, device) for device in layout.devices_of(stage)}
+        times_s = {device: steady.time_s(cost) for device, cost in costs.items()}
+        slowest = max(costs, key=lambda device: (times_s[device], device.spec.name))
+        limiting = layout.limiting_device(stage, count, num_kv_tokens)
+        held = layout.held(stage, count, limiting)
+        steady_s.append(times_s)
         stages.append(
             StagePrediction(
-                device=device,
+                device=limiting,
+                slowest=slowest,
                 layers=(start, end),
-                held=held.with_kv(num_blocks * layout.block_bytes(end - start)),
+                held=held.with_kv(num_blocks * layout.block_bytes(count)),
                 num_kv_tokens=placement.num_kv_tokens[stage],
-                cost=cost,
-                steady_s=steady.time_s(cost),
-                decode_s=decode.time_s(cost),
-                prefill_s=prefill.time_s(cost),
+                cost=costs[slowest],
+                steady_s=times_s[slowest],
+                decode_s=max(map(decode.time_s, costs.values())),
+                prefill_s=max(map(prefill.time_s, costs.values())),
             )
         )
     return Prediction(
         layout=layout,
         stages=stages,
+        replica_steady_s=[
+            [times_s[device] for times_s, device in zip(steady_s, replica, strict=True)]
+            for replica in layout.devices
+        ],
         workload=workload,
         num_microbatches=num_microbatches,
         max_in_flight=max_in_flight,

@@ -70,14 +70,38 @@ def _head(
         f"workload  {plan.sequences} requests at once, prompts of {plan.prompt_tokens}, answers of "
         f"{plan.output_tokens} tokens"
     )
-    is_measured = all(stage.device.profile is not None for stage in chosen.stages)
-    source = (
-        "measured on these devices"
-        if is_measured
-        else "the least possible: bytes and operations at the devices' peak rates"
-    )
-    lines.append(f"times     {source}")
+    lines.append(f"times     {_source(chosen)}")
     return "\n".join(lines)
+
+
+def _source(chosen: Prediction) -> str:
+    """Where times come from, and what of them is extrapolated."""
+    if not chosen.is_measured:
+        return "the least possible: bytes and operations at the devices' peak rates"
+    profiles = [
+        device.profile
+        for stage in range(len(chosen.stages))
+        for device in chosen.layout.devices_of(stage)
+        if device.profile is not None
+    ]
+    beyond = [
+        f"{num_planned:.0f} {kind} (measured up to {most})"
+        for kind, num_planned, most in (
+            (
+                "decodes",
+                chosen.workload.sequences / chosen.num_microbatches,
+                min(profile.most_decodes for profile in profiles),
+            ),
+            (
+                "prompt tokens",
+                chosen.layout.settings.max_tokens_per_plan,
+                min(profile.most_tokens for profile in profiles),
+            ),
+        )
+        if num_planned > most
+    ]
+    extrapolated = f"; extrapolated for plans of {' and of '.join(beyond)}" if beyond else ""
+    return f"measured on these devices{extrapolated}"
 
 
 def _grouped(devices: Sequence[DeviceSpec]) -> list[tuple[DeviceSpec, int]]:
@@ -120,6 +144,8 @@ def _memory(config: Config, chosen: Prediction) -> str:
             ]
         )
     title = f"plan: {layout_name(chosen)}; GiB on each device"
+    if chosen.has_unequal_replicas:
+        title += ", where the replicas differ on the one with the least to spare"
     return "\n".join([title, _table(rows), *_kv_lines(config, chosen)])
 
 
@@ -146,9 +172,12 @@ def _size(num_bytes: float) -> str:
 
 
 def _times(chosen: Prediction) -> str:
+    differ = chosen.has_unequal_replicas
+
     def row(index: int, stage: StagePrediction, bubble: float) -> list[str]:
         return [
             str(index),
+            *([stage.slowest.spec.name] if differ else []),
             _ms(stage.decode_s),
             _ms(stage.steady_s),
             _ms(stage.prefill_s),
@@ -157,7 +186,8 @@ def _times(chosen: Prediction) -> str:
 
     steady = chosen.steady
     most = chosen.layout.settings.max_tokens_per_plan
-    rows = [["stage", "decode plan", "mixed plan", f"{most} prompt tokens", "bubble"]]
+    kinds = ["decode plan", "mixed plan", f"{most} prompt tokens", "bubble"]
+    rows = [["stage", *(["slowest"] if differ else []), *kinds]]
     rows += [
         row(index, stage, bubble)
         for index, (stage, bubble) in enumerate(zip(chosen.stages, chosen.bubbles, strict=True))
@@ -168,7 +198,8 @@ def _times(chosen: Prediction) -> str:
         + _table(rows)
         + f"\nA token every {_ms(chosen.decode_s)} ms in pure decode, {_ms(chosen.steady_s)} ms "
         f"beside prompts; the first token of a prompt alone after {_ms(chosen.prompt_s)} ms."
-        f"\n{chosen.output_tokens_per_s:,.0f} output tokens/s."
+        f"\n{chosen.output_tokens_per_s:,.0f} output tokens/s"
+        + (", the sum of replicas that are each at their own pace." if differ else ".")
     )
 
 
@@ -180,11 +211,15 @@ def _ms(time_s: float) -> str:
 def _comparison(
     config: Config, devices: Sequence[DeviceSpec], chosen: Prediction, best: Sequence[Prediction]
 ) -> str:
-    rows = [["layout", "output tokens/s", "token every (ms)", "KV tokens", "overrides"]]
+    is_mixed = len({plan.is_measured for plan in best}) > 1
+    kind = ["times"] if is_mixed else []
+    rows = [["layout", *kind, "output tokens/s", "token every (ms)", "KV tokens", "overrides"]]
     for plan in best:
+        kind = ["measured" if plan.is_measured else "at peak rates"] if is_mixed else []
         rows.append(
             [
                 layout_name(plan),
+                *kind,
                 f"{plan.output_tokens_per_s:,.0f}",
                 _ms(plan.steady_s),
                 f"{plan.num_kv_tokens * plan.num_replicas:,}",
@@ -192,13 +227,17 @@ def _comparison(
             ]
         )
     title = f"best layouts of {len(devices)} device{'s' if len(devices) > 1 else ''}"
-    return f"{title}\n{_table(rows)}" + _advice(chosen, best)
+    note = (
+        "\nMeasured times and those at peak rates do not compare. Measure a layout with "
+        "profile=true and its overrides."
+        if is_mixed
+        else ""
+    )
+    return f"{title}\n{_table(rows)}{note}{_advice(chosen, best)}"
 
 
 def _advice(chosen: Prediction, best: Sequence[Prediction]) -> str:
-    """Says when copies would do better than the stages that were asked for."""
-    if not best:
-        return ""
+    """Says when another layout would do better; the first has times of the chosen one's kind."""
     top = best[0]
     gain = top.output_tokens_per_s / chosen.output_tokens_per_s
     same = (top.num_replicas, len(top.stages)) == (chosen.num_replicas, len(chosen.stages))
@@ -220,7 +259,8 @@ def render_simulation(simulated: Simulated) -> str:
         ("longest gap (ms)", report.max_gap_s, 1e3),
     ):
         rows.append([title, *(f"{values[key] * scale:.3g}" for key in (50, 90, 99))])
-    replicas = f" (one of {simulated.num_replicas} replicas)" if simulated.num_replicas > 1 else ""
+    which = "one of" if simulated.has_equal_replicas else "the slowest device of each stage in"
+    replicas = f" ({which} {simulated.num_replicas} replicas)" if simulated.num_replicas > 1 else ""
     skipped = (
         f"\n{simulated.num_skipped:,} requests left out: longer than the KV cache or the context"
         if simulated.num_skipped

@@ -7,9 +7,11 @@ import dataclasses
 import datetime
 import gzip
 import lzma
-from collections.abc import Iterator
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ember_pp.config import Config
 from ember_pp.coordinator.policy import POLICIES
@@ -23,6 +25,9 @@ SYNTHETIC = "synthetic"
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _SYNTHETIC_ROUNDS = 4
 """Requests of the synthetic workload, for each that is open at once."""
+_MAX_SHOWN = 60
+"""Characters of a wrong value in a message."""
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +36,15 @@ class Simulated:
 
     workload: str
     num_replicas: int
+    has_equal_replicas: bool
+    """Otherwise the one that is simulated has the slowest device of each stage."""
     num_skipped: int
     """Requests that can never fit."""
     report: Report
 
     @property
     def output_tokens_per_s(self) -> float:
-        """Of all replicas."""
+        """Of all replicas, if all were like this one."""
         return self.num_replicas * self.report.output_tokens_per_s
 
     def to_plain(self) -> dict[str, Any]:
@@ -67,6 +74,7 @@ def simulate(config: Config, prediction: Prediction) -> Simulated:
     return Simulated(
         workload=name,
         num_replicas=prediction.num_replicas,
+        has_equal_replicas=not prediction.has_unequal_replicas,
         num_skipped=len(arrivals) - len(fitting),
         report=make_simulation(scheduler, prediction).run(fitting),
     )
@@ -85,7 +93,8 @@ def make_simulation(scheduler: Scheduler, prediction: Prediction) -> Simulation:
 def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
     """The scheduler of one replica, as a run with this layout would have it."""
     settings = prediction.layout.settings
-    slowest = max((stage.cost for stage in prediction.stages), key=prediction.steady.time_s)
+    ranges = [stage.layers for stage in prediction.stages]
+    cost = prediction.layout.scheduler_cost(ranges, prediction.steady)
     return Scheduler(
         num_blocks=prediction.num_kv_tokens // settings.block_size,
         block_size=settings.block_size,
@@ -97,7 +106,7 @@ def make_scheduler(config: Config, prediction: Prediction) -> Scheduler:
         max_model_len=settings.max_model_len,
         prefix_caching=False,  # a trace says nothing about what prompts have in common
         policy=POLICIES[config.scheduler.policy],
-        plan_time_s=slowest.time_s,
+        plan_time_s=None if cost is None else cost.time_s,
     )
 
 
@@ -127,7 +136,7 @@ def read_trace(path: Path) -> list[Arrival]:
     try:
         with _open(path) as file:
             return list(_read_rows(path, file))
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, UnicodeError) as error:
         raise ConfigError(f"plan.workload: {path}: {error}") from None
 
 
@@ -146,11 +155,10 @@ def _read_rows(path: Path, file: IO[str]) -> Iterator[Arrival]:
         raise ConfigError(f"plan.workload: {path}: no column {missing[0]}; expected {COLUMNS}")
     rows = []
     for row in reader:
-        try:
-            time_s = _seconds(row["TIMESTAMP"])
-            prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-        except (TypeError, ValueError):
-            raise ConfigError(f"plan.workload: {path}: line {reader.line_num}: {row}") from None
+        where = f"plan.workload: {path}: line {reader.line_num}"
+        time_s = _parse(where, row, "TIMESTAMP", _seconds, "seconds, or a date and time")
+        prompt = _parse(where, row, "ContextTokens", int, "a whole number")
+        output = _parse(where, row, "GeneratedTokens", int, "a whole number")
         if prompt > 0 and output > 0:
             rows.append((time_s, prompt, output))
     rows.sort()
@@ -158,11 +166,27 @@ def _read_rows(path: Path, file: IO[str]) -> Iterator[Arrival]:
         yield Arrival(time_s - rows[0][0], prompt, output)
 
 
+def _parse(
+    where: str, row: Mapping[str, str | None], column: str, parse: Callable[[str], _T], kind: str
+) -> _T:
+    text = row[column]
+    if text is None:
+        raise ConfigError(f"{where}: {column}: missing")
+    try:
+        return parse(text)
+    except (ValueError, OverflowError):
+        shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
+        raise ConfigError(f"{where}: {column}: expected {kind}, got {shown}") from None
+
+
 def _seconds(text: str) -> float:
     """A number of seconds, or a date and time."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         date, _, fraction = text.partition(".")  # the trace has seven digits, Python takes six
         at = datetime.datetime.fromisoformat(date).replace(tzinfo=datetime.UTC)
-        return at.timestamp() + float(f"0.{fraction or 0}")
+        seconds = at.timestamp() + float(f"0.{fraction or 0}")
+    if not math.isfinite(seconds):
+        raise ValueError(text)
+    return seconds

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import lzma
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ember_pp import __main__ as entry
+from ember_pp import __version__
 from ember_pp import config as configuration
 from ember_pp.coordinator.preparation import prepare
-from ember_pp.devices import known_cards
+from ember_pp.cost_model import Profile, architecture_key, profile_path
+from ember_pp.devices import cpu_device, known_cards
 from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError
-from ember_pp.jobs.plan_workload import read_trace
+from ember_pp.jobs import plan as plan_job
+from ember_pp.jobs.plan_workload import make_scheduler, read_trace
 
 RTX_3090 = '{name: "RTX 3090", memory_gib: 24, bandwidth_gbps: 936, tflops: 71}'
 PRESETS = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
@@ -148,6 +153,59 @@ def test_unequal_devices_get_unequal_shares(plan) -> None:
     assert fast["steady_s"] == pytest.approx(slow["steady_s"], rel=0.15)
 
 
+def test_unequal_replicas_are_planned_by_the_worst_in_any_order(plan) -> None:
+    """The one with the least memory holds the KV cache, the slowest one says how long plans
+    take; throughput is the sum."""
+    given = ["model=qwen3-8b", "pipeline.stages=1", "pipeline.replicas=2", "plan.sequences=20",
+             "plan.output=p.json"]  # fmt: skip
+
+    def planned(*names: str) -> tuple[dict[str, Any], str]:
+        code, out, _ = plan(*given, f"plan.devices=[{','.join(names)}]")
+        assert code == EXIT_OK
+        return written(Path("p.json")), out.partition("\nplan: ")[2].partition("best layouts")[0]
+
+    first, shown = planned("RTX 4090", "A100 40GB")
+    again, shown_again = planned("A100 40GB", "RTX 4090")
+    assert (first["plan"], first["overrides"]) == (again["plan"], again["overrides"])
+    assert shown == shown_again
+    (stage,) = first["plan"]["stages"]
+    assert (stage["device"], stage["slowest_device"]) == ("RTX 4090", "RTX 4090")
+    assert re.search(r"the sum of replicas that are each at their own pace", shown)
+
+    small, _ = planned("RTX 4090", "RTX 4090")
+    fast, _ = planned("A100 40GB", "A100 40GB")
+    assert first["plan"]["kv_tokens"] == small["plan"]["kv_tokens"] < fast["plan"]["kv_tokens"]
+    for name in ("steady_step_s", "decode_step_s", "prompt_s"):
+        assert first["plan"][name] == small["plan"][name]
+    assert stage["prefill_s"] == small["plan"]["stages"][0]["prefill_s"]
+    both = small["plan"]["output_tokens_per_s"], fast["plan"]["output_tokens_per_s"]
+    assert both[0] < 0.9 * both[1]
+    assert first["plan"]["output_tokens_per_s"] == pytest.approx(sum(both) / 2)
+
+    # Little memory on one, slow memory on the other.
+    for names in (("RTX 3090", "A40"), ("A40", "RTX 3090")):
+        mixed, shown = planned(*names)
+        (stage,) = mixed["plan"]["stages"]
+        assert (stage["device"], stage["slowest_device"]) == ("RTX 3090", "A40")
+        assert re.search(r"  0 +RTX 3090 +36 \(0-35\)", shown)
+        assert re.search(r"  0 +A40 +\d", shown)
+        assert "stage 0 (RTX 3090) limits" in shown
+
+
+def test_replicas_of_stages_are_planned_by_the_worst_in_any_order(plan) -> None:
+    given = ["model=qwen3-8b", "pipeline.stages=2", "pipeline.replicas=2", "plan.sequences=40",
+             "plan.output_tokens=16", "plan.workload=synthetic", "plan.output=p.json"]  # fmt: skip
+    code, out, _ = plan(*given, "plan.devices=[RTX 4090,L4,RTX 3090,RTX 4090]")
+    first = written(Path("p.json"))
+    assert plan(*given, "plan.devices=[RTX 3090,RTX 4090,RTX 4090,L4]")[0] == code == EXIT_OK
+    again = written(Path("p.json"))
+    assert again["plan"] == first["plan"]
+    assert again["simulation"] == first["simulation"]
+    stages = first["plan"]["stages"]
+    assert [stage["slowest_device"] for stage in stages] == ["RTX 3090", "L4"]
+    assert "(the slowest device of each stage in 2 replicas)" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -210,7 +268,8 @@ def test_what_it_says_would_fit_does_and_one_less_does_not(plan) -> None:
         (["plan.sequences=0"], r"plan.sequences: expected at least 1"),
         (["plan.prompt_tokens=5000"], r"plan.prompt_tokens: 5000 .* than the 2048 tokens"),
         (["plan.workload=missing.csv"], r"plan.workload: missing.csv: .*No such file"),
-        (["plan.output=no/such/p.json"], r"plan.output: no/such/p.json: No such file"),
+        (["plan.output=no/such/p.json"], r"plan.output: no/such/p.json cannot be written; is"),
+        (["plan.output=."], r"plan.output: \. cannot be written"),
         (["pipeline.stages=11"], r"pipeline.stages: 11 stages for a model of 10 layers"),
         (["model.path=/no/such/folder"], r"model.path: no folder /no/such/folder"),
         (["profile=true", "plan.devices=RTX 3090"], r"profile: RTX 3090 is not on this machine"),
@@ -221,6 +280,19 @@ def test_mistakes_are_code_2_and_named(plan, arguments, message) -> None:
     assert code == EXIT_CONFIG
     assert re.search(message, err), err
     assert "Traceback" not in err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    plan, monkeypatch
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("computed first")
+
+    monkeypatch.setattr(plan_job, "read_model", never)
+    monkeypatch.setattr(plan_job, "choose_layout", never)
+    code, out, err = plan("plan.output=no/such/p.json")
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert "plan.output: no/such/p.json cannot be written" in err
 
 
 @pytest.mark.parametrize(
@@ -358,12 +430,124 @@ def test_a_profile_is_measured_stored_and_used(plan, tmp_path) -> None:
     assert "measure again" in err
 
 
+def write_profile(folder: Path, num_threads: int, layer_s: float, **changes: object) -> None:
+    """Of the demo model on this processor: every layer takes as long, whatever it does."""
+    cfg = plan_job.read_model(configuration.build({"model": {"path": "demo"}}).model)
+    device = cpu_device().name
+    profile = Profile(
+        model=architecture_key(cfg),
+        dtype="float32",
+        device=device,
+        num_threads=num_threads,
+        version=__version__,
+        decode_context=128,
+        layer_decode=((1, layer_s), (64, layer_s)),
+        layer_prefill=((1, 0.0), (512, 0.0)),
+        context_token_s=0.0,
+        head=((1, 0.0), (64, 0.0)),
+        plan_overhead_s=0.0,
+    )
+    path = profile_path(str(folder), cfg, "float32", device, num_threads, __version__)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(profile.to_plain() | changes))
+
+
+def test_measured_layouts_are_not_ranked_with_those_at_peak_rates(
+    plan, monkeypatch, tmp_path
+) -> None:
+    """Two stages have two threads each on four cores, and one has four."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    given = ["pipeline.devices=cpu", "pipeline.stages=2", "plan.output=p.json"]
+
+    def listed() -> tuple[list[tuple[int, bool]], str]:
+        code, out, _ = plan(*given)
+        assert code == EXIT_OK
+        stored = written(Path("p.json"))
+        assert len(stored["plan"]["stages"]) == 2
+        best = [(len(one["stages"]), one["stages"][0]["is_measured"]) for one in stored["best"]]
+        return best, out
+
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)  # far slower than at peak rates
+    best, out = listed()
+    assert best == [(2, True), (1, False)]
+    assert re.search(r"  2 stages  measured .*\n  1 stage   at peak rates ", out)
+    assert "do not compare" in out
+    assert "would do better" not in out
+
+    write_profile(tmp_path / "profiles", 4, layer_s=0.1)
+    best, out = listed()
+    assert best == [(1, True), (2, True)]
+    assert "at peak rates" not in out
+    assert re.search(r"1 stage would do better than 2 stages: \d", out)
+
+    # The one that was asked for is not measured: it comes first, with what compares to it.
+    (tmp_path / "profiles").rename(tmp_path / "old")
+    write_profile(tmp_path / "profiles", 4, layer_s=1e-9)
+    best, out = listed()
+    assert best == [(2, False), (1, True)]
+    assert "do not compare" in out
+    assert "would do better" not in out
+
+
+def test_layouts_are_ranked_among_their_kind() -> None:
+    """By tokens/s; what is within a percent of the best of its kind, by fewer stages."""
+
+    def layout(is_measured: bool, num_stages: int, output_tokens_per_s: float) -> Any:
+        return types.SimpleNamespace(
+            is_measured=is_measured,
+            stages=[None] * num_stages,
+            output_tokens_per_s=output_tokens_per_s,
+        )
+
+    order = [
+        layout(True, 2, 99.5),
+        layout(True, 4, 100.0),
+        layout(True, 1, 90.0),
+        layout(False, 1, 1000.0),
+        layout(False, 8, 50.0),
+        layout(False, 2, 40.0),
+    ]
+    assert plan_job.rank(order[::-1]) == order
+
+
+def test_what_no_profile_measured_is_said_to_be_extrapolated(plan, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)
+    given = ["pipeline.devices=cpu", "pipeline.stages=2"]
+
+    def times_line(*more: str) -> str:
+        code, out, _ = plan(*given, *more)
+        assert code == EXIT_OK
+        (line,) = re.findall(r"^times +(.*)$", out, re.M)
+        return line
+
+    assert times_line("plan.sequences=128") == "measured on these devices"
+    assert times_line("plan.sequences=256") == (
+        "measured on these devices; extrapolated for plans of 128 decodes (measured up to 64)"
+    )
+    assert times_line("plan.sequences=256", "scheduler.max_tokens_per_plan=1024") == (
+        "measured on these devices; extrapolated for plans of 128 decodes (measured up to 64) "
+        "and of 1024 prompt tokens (measured up to 512)"
+    )
+
+
+def test_a_profile_that_is_no_map_is_a_warning(plan, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    write_profile(tmp_path / "profiles", 2, layer_s=1.0)
+    (stored,) = (tmp_path / "profiles").iterdir()
+    stored.write_text("[1, 2]")
+    code, out, err = plan("pipeline.devices=cpu", "pipeline.stages=2")
+    assert code == EXIT_OK
+    assert "times     the least possible" in out
+    assert f"profile not used: {stored}: expected a map" in err
+
+
 # --------------------------------------------------------------------------------------
 # workloads
 
 
 def write_trace(path: Path, rows: list[tuple[str, object, object]]) -> None:
-    opener = lzma.open if path.suffix == ".xz" else open
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     with opener(path, "wt", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["TIMESTAMP", "ContextTokens", "GeneratedTokens"])
@@ -391,19 +575,44 @@ def test_a_trace_is_read_in_order_of_time(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("rows", "message"),
     [
-        ("a,b\n1,2\n", r"trace.csv: no column TIMESTAMP"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n0,3,4\n1,x,4\n", r"trace.csv: line 3: "),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,3,4\n", r"trace.csv: line 2: "),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n0,3\n", r"trace.csv: line 2: "),
+        ("0,3,4\n1,x,4", r"line 3: ContextTokens: expected a whole number, got 'x'$"),
+        ("0,3,4.5", r"line 2: GeneratedTokens: expected a whole number, got '4\.5'$"),
+        ("noon,3,4", r"line 2: TIMESTAMP: expected seconds, or a date and time, got 'noon'$"),
+        ("nan,3,4", r"line 2: TIMESTAMP: expected seconds"),
+        (99 * "n" + ",3,4", r"line 2: TIMESTAMP: .*'n{60}\.\.\.'$"),
+        ("0,3", r"line 2: GeneratedTokens: missing$"),
+        ("0,3," + 200_000 * "4", r"field larger than field limit"),
     ],
 )
-def test_a_damaged_trace_is_named_by_line(tmp_path, text, message) -> None:
+def test_a_damaged_trace_is_named_by_line_and_column(tmp_path, rows, message) -> None:
     path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}\n")
+    with pytest.raises(ConfigError, match=rf"^plan\.workload: {path}: {message}"):
         read_trace(path)
+
+
+def test_a_trace_without_a_column_is_named(tmp_path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"trace.csv: no column TIMESTAMP"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_damaged_archive_is_named(plan, tmp_path, suffix) -> None:
+    path = tmp_path / f"trace.csv{suffix}"
+    write_trace(path, [(f"{second}", 100 + second % 7, 20) for second in range(2000)])
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(byte ^ 0xFF for byte in whole[middle:-8]) + whole[-8:]
+    for damaged in (whole[:middle], flipped, b"TIMESTAMP,ContextTokens,GeneratedTokens\n"):
+        path.write_bytes(damaged)
+        code, _, err = plan("plan.workload=" + path.name)
+        assert code == EXIT_CONFIG
+        assert err.startswith(f"ember-pp: plan.workload: {path.name}: "), err
+        assert err.count("\n") == 1
 
 
 def test_a_trace_is_simulated(plan, tmp_path) -> None:
@@ -448,6 +657,28 @@ def test_of_replicas_one_is_simulated_with_its_share(plan) -> None:
         2 * simulation["one_replica"]["output_tokens_per_s"]
     )
     assert "(one of 2 replicas)" in out
+
+
+def times_of_the_simulated(config: configuration.Config):
+    """What the scheduler of a simulation takes plans to last, and the prediction."""
+    cfg = plan_job.read_model(config.model)
+    chosen, _ = plan_job.choose_layout(config, cfg, plan_job.choose_plan_devices(config))
+    return make_scheduler(config, chosen)._plan_time_s, chosen
+
+
+def test_a_simulated_scheduler_knows_no_times_that_a_run_does_not(monkeypatch, tmp_path) -> None:
+    given = ["model=demo", "pipeline.devices=cpu", "pipeline.stages=2"]
+    given.append(f"plan.profile_folder={tmp_path}")
+    assert prepare(build(monkeypatch, *given, "job=serve")).plan_cost is None
+    plan_time_s, _ = times_of_the_simulated(build(monkeypatch, *given, "job=plan"))
+    assert plan_time_s is None
+
+
+def test_a_simulated_scheduler_times_plans_by_the_slowest_stage(monkeypatch) -> None:
+    given = ["model=qwen3-8b", "plan.devices=2xRTX 4090", "pipeline.stages=2"]
+    plan_time_s, chosen = times_of_the_simulated(build(monkeypatch, *given, "job=plan"))
+    slowest = max(chosen.stages, key=lambda stage: stage.steady_s)
+    assert plan_time_s.__self__ == slowest.cost
 
 
 def test_none_of_the_requests_fits(plan, tmp_path) -> None:
