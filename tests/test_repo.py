@@ -28,6 +28,7 @@ OWNERS = {
     "jinja2": {"template_sandbox.py"},
     "safetensors": {"checkpoint.py"},
     "huggingface_hub": {"checkpoint.py"},
+    "PIL": {"coordinator/drawing.py"},
 }
 TORCH_ROOMS = ("kernels/", "stage/", "checkpoint.py")
 # The environment is read in one place; the launcher hands a secret to the process it starts.
@@ -92,8 +93,10 @@ def test_torch_stays_where_devices_are():
 
 
 def test_only_declared_dependencies_are_imported():
-    declared = {re.split(r"[<>=]", line)[0].lower() for line in PROJECT["dependencies"]}
+    required = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["picture"]]
+    declared = {re.split(r"[<>=]", line)[0].lower() for line in required}
     modules = {"pyzmq": "zmq", "hydra-core": "hydra", "huggingface-hub": "huggingface_hub"}
+    modules["pillow"] = "PIL"
     allowed = {modules.get(name, name) for name in declared}
     allowed |= {"omegaconf", "ember_pp"}  # omegaconf is part of what hydra-core is
     allowed |= set(sys.stdlib_module_names)

@@ -10,6 +10,7 @@ Shape letters: T tokens of the step, N tokens that sample, D hidden, V vocabular
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,14 @@ from ember_pp.stage.weights import LayerWeights, StageWeights
 
 OnLayer = Callable[[int, Tensor], None]
 """Called after each layer with its index in the model and the hidden states [T, D]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """What all layers of a step share."""
+
+    rows: PagedRows
+    rope: tuple[Tensor, Tensor]  # cos and sin, as ``rope_rows`` gives them
 
 
 class StageModel:
@@ -54,8 +63,27 @@ class StageModel:
         self._weights = weights
         self._start_layer = start_layer
         self._scale = cfg.head_dim**-0.5
-        table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
-        self._rope_table = table.to(weights.layers[0].qkv.device)  # [max_model_len, d]
+        self._rope_table: Tensor | None = None  # [max_model_len, d]; None: the lm_head alone
+        if weights.layers:
+            table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
+            self._rope_table = table.to(weights.layers[0].qkv.device)
+
+    @torch.inference_mode()
+    def prepare(self, inputs: BatchInputs, kv_cache: KVCache) -> PreparedStep | None:
+        """What ``forward`` needs beside hidden states or token ids: for the time before these come.
+
+        None of a stage without layers.
+        """
+        if self._rope_table is None:
+            return None
+        rows = PagedRows.build(
+            inputs.block_tables,
+            inputs.context_lens,
+            inputs.cu_seqlens_q,
+            block_size=kv_cache.block_size,
+            dtype=self._weights.layers[0].qkv.dtype,
+        )
+        return PreparedStep(rows, rope_rows(self._rope_table, inputs.positions))
 
     @torch.inference_mode()
     def forward(
@@ -64,6 +92,8 @@ class StageModel:
         hidden_states: Tensor | None,
         kv_cache: KVCache,
         on_layer: OnLayer | None = None,
+        *,
+        prepared: PreparedStep | None = None,
     ) -> Tensor:
         """Hidden states after this stage's layers, residual added.
 
@@ -73,6 +103,7 @@ class StageModel:
                 the first stage.
             kv_cache: of this stage's layers; takes the keys and values of the T tokens.
             on_layer: sees each layer's output.
+            prepared: of the same inputs; None: they are prepared here.
 
         Returns:
             [T, D] in the model's dtype.
@@ -80,17 +111,12 @@ class StageModel:
         if self._weights.embedding is not None:
             hidden_states = kernels.embedding(inputs.token_ids, self._weights.embedding)
         assert hidden_states is not None, "hidden states come from the previous stage"
-        rows = PagedRows.build(
-            inputs.block_tables,
-            inputs.context_lens,
-            inputs.cu_seqlens_q,
-            block_size=kv_cache.block_size,
-            dtype=hidden_states.dtype,
-        )
-        rope = rope_rows(self._rope_table, inputs.positions)
+        prepared = prepared or self.prepare(inputs, kv_cache)
+        if prepared is None:
+            return hidden_states.clone()  # what was received is given back before it is read
         for index, layer in enumerate(self._weights.layers):
             attended = self._attention(
-                layer, hidden_states, kv_cache.layer(index), inputs.slot_mapping, rows, rope
+                layer, hidden_states, kv_cache.layer(index), inputs.slot_mapping, prepared
             )
             hidden_states = self._mlp(layer, attended, hidden_states)
             if on_layer is not None:
@@ -112,8 +138,7 @@ class StageModel:
         hidden_states: Tensor,
         caches: tuple[Tensor, Tensor],
         slot_mapping: Tensor,
-        rows: PagedRows,
-        rope: tuple[Tensor, Tensor],
+        prepared: PreparedStep,
     ) -> Tensor:
         """[T, D] -> [T, D], the residual not yet added."""
         cfg = self._cfg
@@ -121,12 +146,13 @@ class StageModel:
         query, key, value = kernels.qk_norm_rope(
             kernels.linear(normed, layer.qkv, layer.qkv_bias),
             layer.qk_norm,
-            *rope,
+            *prepared.rope,
             num_heads=cfg.num_heads,
             num_kv_heads=cfg.num_kv_heads,
             eps=cfg.rms_norm_eps,
         )
         kernels.store_kv(key, value, *caches, slot_mapping)
+        rows = prepared.rows
         attended = kernels.paged_attention(query, *caches, rows, scale=self._scale)  # [T, H, d]
         return kernels.linear(attended.flatten(1), layer.output, layer.output_bias)
 
