@@ -49,12 +49,12 @@ _IGNORED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 # finding
 
 
-def locate(path: str, revision: str | None = None) -> Path:
+def locate(path: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The folder that ``model.path`` means.
 
     ``demo`` is the bundled model, whatever lies in the working directory (``./demo`` is the
     folder); an existing folder is taken as it is; anything else that looks like one is a hub
-    id: first from the local cache, then downloaded.
+    id: first from the local cache, then downloaded (``config_only``: ``config.json`` alone).
 
     Raises:
         CheckpointError: no such folder, or neither a folder nor downloadable, and why.
@@ -68,10 +68,10 @@ def locate(path: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"model.path: {path} is a file; give the folder that holds it")
     if not _HUB_ID.fullmatch(path):
         raise CheckpointError(f"model.path: no folder {path}; {LAYOUT}")
-    return _from_hub(path, revision)
+    return _from_hub(path, revision, config_only=config_only)
 
 
-def _from_hub(repo_id: str, revision: str | None) -> Path:
+def _from_hub(repo_id: str, revision: str | None, *, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, rarely needed
 
     reason = ""
@@ -81,7 +81,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
                 snapshot_download(
                     repo_id,
                     revision=revision,
-                    allow_patterns=list(_HUB_FILES),
+                    allow_patterns=["config.json"] if config_only else list(_HUB_FILES),
                     ignore_patterns=list(_HUB_SKIPPED),
                     local_files_only=is_local,
                 )
@@ -89,7 +89,9 @@ def _from_hub(repo_id: str, revision: str | None) -> Path:
         except Exception as error:  # noqa: BLE001  the library, http and the disk raise many types
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
-        if not is_local or _is_complete(folder):
+        if not is_local or (config_only and _exists(folder / "config.json")):
+            return folder
+        if _is_complete(folder):
             return folder
     raise CheckpointError(
         f"model.path: {repo_id} is neither a folder nor a model that the Hugging Face hub or its "

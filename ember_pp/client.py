@@ -208,13 +208,13 @@ class Client:
         Returns:
             How many were ended.
         """
-        self._session.num_cancelled = None
         self._socket.send(protocol.Cancel(list(request_ids), everyone))
+        ticket = self._session.ask_cancel()
         timeout_s = self._session.timeout_s
         self._wait_until(
-            lambda: self._session.num_cancelled is not None, timeout_s, "the answer to cancel"
+            lambda: ticket.num_cancelled is not None, timeout_s, "the answer to cancel"
         )
-        return self._session.num_cancelled or 0
+        return ticket.num_cancelled or 0
 
     def status(self) -> dict[str, Any]:
         """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""
@@ -361,14 +361,14 @@ class AsyncClient:
 
     async def cancel(self, request_ids: Sequence[str] = (), *, everyone: bool = False) -> int:
         """End requests of this client, or with ``everyone`` any client's (no ids: all)."""
-        self._session.num_cancelled = None
+        ticket = self._session.ask_cancel()  # before the first await, as the answers will come
         await self._socket.send(protocol.Cancel(list(request_ids), everyone))
         await self._wait_until(
-            lambda: self._session.num_cancelled is not None,
+            lambda: ticket.num_cancelled is not None,
             self._session.timeout_s,
             "the answer to cancel",
         )
-        return self._session.num_cancelled or 0
+        return ticket.num_cancelled or 0
 
     async def status(self) -> dict[str, Any]:
         """State of the coordinator and its stages; keys as in ``docs/protocol.md``."""

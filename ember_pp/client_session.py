@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from ember_pp import protocol
@@ -77,12 +77,7 @@ class RequestState:
     def has_ended(self) -> bool:
         return self.completion is not None or self.error is not None
 
-    def add(self, message: protocol.TokenDelta | protocol.Finished) -> None:
-        delta = Delta(
-            text=message.text,
-            token_ids=list(protocol.unpack_i32(message.token_ids)),
-            logprobs=message.logprobs,
-        )
+    def add(self, delta: Delta) -> None:
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
@@ -90,7 +85,8 @@ class RequestState:
             self.deltas.append(delta)
 
     def finish(self, message: protocol.Finished) -> None:
-        self.add(message)
+        token_ids = list(protocol.unpack_i32(message.token_ids))
+        self.add(Delta(text=message.text, token_ids=token_ids, logprobs=message.logprobs))
         self.completion = Completion(
             request_id=self.request_id,
             text="".join(self.text),
@@ -112,6 +108,14 @@ class RequestState:
         return self.completion
 
 
+class CancelTicket:
+    """One ``Cancel``; answers come in the order of asking."""
+
+    def __init__(self) -> None:
+        self.num_cancelled: int | None = None
+        """How many requests it ended; None until it is answered."""
+
+
 class ClientSession(Generic[_OwnerT]):
     """The protocol of a client, without input or output.
 
@@ -129,7 +133,7 @@ class ClientSession(Generic[_OwnerT]):
         self.ended: dict[_OwnerT, None] = {}
         """What ended and has not been handed out yet, oldest first."""
         self.status: dict[str, Any] | None = None
-        self.num_cancelled: int | None = None
+        self._asked_to_cancel: collections.deque[CancelTicket] = collections.deque()
         self.heard_at_s = time.monotonic()
         self._asked_at_s: float | None = None
         self._asked_about: collections.deque[list[str]] = collections.deque()
@@ -178,6 +182,12 @@ class ClientSession(Generic[_OwnerT]):
         """The request has been sent; call in the order of sending."""
         self.open[state.request_id] = (state, owner)
 
+    def ask_cancel(self) -> CancelTicket:
+        """A ``Cancel`` is sent, now: the place where its answer will be."""
+        ticket = CancelTicket()
+        self._asked_to_cancel.append(ticket)
+        return ticket
+
     def ask_status(self) -> protocol.Status:
         """A question for the status, which also tells which requests the coordinator has."""
         self._asked_about.append(list(self.open))
@@ -203,16 +213,18 @@ class ClientSession(Generic[_OwnerT]):
                 self.status = message.status
                 self._give_up_lost(message.open_request_ids)
             case protocol.CancelReply():
-                self.num_cancelled = message.num_cancelled
+                if self._asked_to_cancel:
+                    self._asked_to_cancel.popleft().num_cancelled = message.num_cancelled
             case protocol.Accepted():
                 pass
             case protocol.RequestFailed(request_id="", error=error):
                 raise from_wire(error)
             case protocol.RequestFailed():
                 self._end(message.request_id, error=from_wire(message.error))
-            case protocol.TokenDelta():
-                if message.request_id in self.open:
-                    self.open[message.request_id][0].add(message)
+            case protocol.TokenDeltas():
+                for request_id, delta in _split(message):
+                    if request_id in self.open:
+                        self.open[request_id][0].add(delta)
             case protocol.Finished():
                 self._end(message.request_id, finished=message)
             case _:
@@ -250,6 +262,29 @@ class ClientSession(Generic[_OwnerT]):
             self._asked_at_s = now_s
             return True
         return False
+
+
+def _split(message: protocol.TokenDeltas) -> Iterator[tuple[str, Delta]]:
+    """The news of each request.
+
+    Raises:
+        ProtocolError: its columns do not go together.
+    """
+    counts = protocol.unpack_u32(message.num_token_ids)
+    token_ids = protocol.unpack_i32(message.token_ids).tolist()
+    logprobs = message.logprobs
+    num_requests, num_ids = len(message.request_ids), len(token_ids)
+    is_whole = num_requests == len(message.texts) == len(counts) and num_ids == sum(counts)
+    if not is_whole or len(logprobs) not in (0, num_ids):
+        raise ProtocolError("TokenDeltas: columns of different lengths")
+    start = 0
+    for request_id, text, count in zip(message.request_ids, message.texts, counts, strict=True):
+        own = [entry for entry in logprobs[start : start + count] if entry is not None]
+        yield (
+            request_id,
+            Delta(text=text, token_ids=token_ids[start : start + count], logprobs=own),
+        )
+        start += count
 
 
 def _check_can_travel(submit: protocol.Submit) -> None:

@@ -57,7 +57,8 @@ class PipelineSettings:
     a device may repeat. ``auto``: the GPUs in order, shared where there are fewer than stages;
     the CPU where there is none."""
     split: Any = "auto"
-    """``auto`` (by cost), ``equal``, or a list with the number of layers of each stage."""
+    """``auto`` (by cost, for the workload of ``plan``), ``equal``, or a list with the number of
+    layers of each stage; the last of several may have none, and the lm_head alone."""
     max_in_flight: int | None = None
     """Plans in the pipeline at once; null: enough that no stage waits for the host."""
     run_ahead: int = 1
@@ -157,6 +158,8 @@ class CoordinatorSettings:
     uses the coordinator that runs there; null: it starts one of its own."""
     max_queued_requests: int = 100_000
     """Requests that may be open at once; more are refused."""
+    max_queued_bytes: int = 1024 * 1024 * 1024
+    """Bytes of the messages of all open requests together; beyond it more are refused."""
     max_prompt_tokens: int | None = None
     """Longest prompt; null: the context length."""
     max_prompt_characters: int | None = None
@@ -174,6 +177,7 @@ class CoordinatorSettings:
         _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
         _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
         _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
+        _at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")
@@ -190,6 +194,85 @@ class DebugSettings:
 
     def check(self) -> None:
         """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSettings:
+    """Counters for Prometheus (``docs/observability.md``)."""
+
+    port: int | None = None
+    """TCP port on 127.0.0.1 at which the coordinator serves ``/metrics``; 0: any that is free,
+    printed at start; null: none."""
+
+    def check(self) -> None:
+        _at_least("metrics.port", self.port, 0)
+        if self.port is not None and self.port > 65535:
+            raise ConfigError(f"metrics.port: expected at most 65535, got {self.port}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSettings:
+    """What every stage did when, as a file to look at (``docs/observability.md``)."""
+
+    output: str | None = None
+    """JSON file for Perfetto or chrome://tracing, written when the run ends."""
+    picture: str | None = None
+    """The same as a Gantt chart, ``.svg`` or ``.png``."""
+    max_plans: int = 10_000
+    """Plans that are kept; of a longer run, the last ones."""
+    window_s: float | None = None
+    """Length of time that the picture shows, from the middle of the run; null: about 50 plans."""
+
+    @property
+    def is_on(self) -> bool:
+        """True if stages have to record times."""
+        return self.output is not None or self.picture is not None
+
+    def check(self) -> None:
+        _at_least("trace.max_plans", self.max_plans, 1)
+        if self.window_s is not None and self.window_s <= 0:
+            raise ConfigError(f"trace.window_s: expected above 0, got {self.window_s}")
+        if self.picture is not None and not self.picture.endswith((".svg", ".png")):
+            raise ConfigError(f"trace.picture: expected *.svg or *.png, got {self.picture!r}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """The workload that layers are split for, and what ``job=plan`` is asked
+    (``docs/planning.md``)."""
+
+    devices: Any = "auto"
+    """Devices to plan for: ``auto`` (those of this machine), the name of a card with a count, such
+    as ``4xRTX 4090``, a map ``{name: RTX 3090, memory_gib: 24, bandwidth_gbps: 936, tflops: 71}``,
+    or a list of these."""
+    prompt_tokens: int = 512
+    """Tokens of a prompt."""
+    output_tokens: int = 256
+    """Tokens of an answer."""
+    sequences: int = 256
+    """Requests that are open at once, over all replicas."""
+    workload: str | None = None
+    """Requests to simulate: a CSV file with the columns ``TIMESTAMP``, ``ContextTokens`` and
+    ``GeneratedTokens``, or ``synthetic``: four times ``plan.sequences``, all at once."""
+    max_requests: int | None = None
+    """Requests of the file that are simulated, from its beginning; null: all."""
+    use_profile: bool = True
+    """Take measured times where ``profile=true`` has stored them."""
+    profile_folder: str = "~/.cache/ember-pp/profiles"
+    """Where they are stored."""
+    output: str | None = None
+    """JSON file for the plan, with everything that is printed."""
+
+    def check(self) -> None:
+        for key in ("prompt_tokens", "output_tokens", "sequences", "max_requests"):
+            _at_least(f"plan.{key}", getattr(self, key), 1)
+        items = self.devices if isinstance(self.devices, list | tuple) else [self.devices]
+        for item in items:
+            if not isinstance(item, str) and not (isinstance(item, Mapping) and "name" in item):
+                raise ConfigError(
+                    "plan.devices: expected auto, a card's name, a map with name, memory_gib, "
+                    f"bandwidth_gbps and tflops, or a list of these; got {item!r}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +352,17 @@ class CancelJob:
         """Nothing to check."""
 
 
-Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanJob:
+    """``job=plan``: split, memory, times and bubble, before anything is loaded; see ``plan``."""
+
+    name: Literal["plan"] = "plan"
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | PlanJob
 JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
     {
         "batch": BatchJob,
@@ -277,6 +370,7 @@ JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
         "chat": ChatJob,
         "status": StatusJob,
         "cancel": CancelJob,
+        "plan": PlanJob,
     }
 )
 
@@ -292,7 +386,12 @@ class Config:
     scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
+    trace: TraceSettings = dataclasses.field(default_factory=TraceSettings)
     debug: DebugSettings = dataclasses.field(default_factory=DebugSettings)
+    plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
+    profile: bool = False
+    """``job=plan`` measures the model's layers on the devices first, and stores the times."""
     handoff: Literal["auto", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
@@ -318,7 +417,10 @@ def build(plain: Mapping[str, Any]) -> Config:
         config.scheduler,
         config.sampling,
         config.coordinator,
+        config.metrics,
+        config.trace,
         config.debug,
+        config.plan,
     ):
         part.check()
     return config
@@ -443,7 +545,10 @@ def _check_split(split: Any, num_stages: int) -> None:
     if split in ("auto", "equal"):
         return
     is_counts = isinstance(split, list | tuple) and all(
-        isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in split
+        isinstance(count, int)
+        and not isinstance(count, bool)
+        and count >= (0 if 0 < stage == len(split) - 1 else 1)
+        for stage, count in enumerate(split)
     )
     if not is_counts:
         raise ConfigError(

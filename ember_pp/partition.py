@@ -1,51 +1,66 @@
 """Which layers each stage holds, and what a slice weighs. Pure arithmetic, no files, no torch.
 
-The cost of a stage is the weight bytes that one decode step reads there: its layers, and on
-the last stage the final norm and the lm_head, which counts as several layers in a small
-model. The embedding costs nothing: a step reads a few rows of it.
+``best_counts`` places layers by a table of costs, exactly. Where the table comes from is not its
+business: ``layout.py`` fills it from devices, memory and a workload.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from ember_pp.errors import ConfigError
 from ember_pp.model_config import ModelConfig
 
 LayerRange = tuple[int, int]
-_CostOf = Callable[[int, int], int]
+CostTable = Sequence[Sequence[int | None]]
+"""``table[stage][count]``: cost of ``count`` layers, 0 to all, on a stage; None: not possible.
+Whole numbers of any unit, so that ties are exact."""
 
 
 def split_layers(
-    cfg: ModelConfig,
-    num_stages: int,
-    split: str | Sequence[int] = "auto",
-    *,
-    bytes_per_element: int = 2,
+    cfg: ModelConfig, num_stages: int, split: str | Sequence[int] = "equal"
 ) -> list[LayerRange]:
     """Half-open layer ranges ``[start_layer, end_layer)``, one per stage, in order.
 
-    ``split`` is ``auto`` (the costliest stage is as cheap as it can be, and among such splits
-    the most even one), ``equal`` (counts differ by at most one, the earlier stages taking the
-    remainder), or the number of layers of each stage.
+    ``split`` is ``equal`` (counts differ by at most one, the earlier stages taking the
+    remainder), or the number of layers of each stage. The last of several stages may have no
+    layers: it then has the lm_head alone. For ``auto``, see ``layout.choose_split``.
 
     Raises:
         ConfigError: more stages than layers, or counts that do not add up.
+    """
+    check_num_stages(cfg, num_stages)
+    if split == "equal":
+        each, extra = divmod(cfg.num_layers, num_stages)
+        return layer_ranges([each + (stage < extra) for stage in range(num_stages)])
+    return layer_ranges(_given_counts(cfg, num_stages, split))
+
+
+def check_num_stages(cfg: ModelConfig, num_stages: int) -> None:
+    """
+    Raises:
+        ConfigError: more stages than layers.
     """
     if num_stages > cfg.num_layers:
         raise ConfigError(
             f"pipeline.stages: {num_stages} stages for a model of {cfg.num_layers} layers; "
             f"use at most {cfg.num_layers}"
         )
-    if split == "auto":
-        layer_bytes = _layer_parameters(cfg) * bytes_per_element
-        head_bytes = (cfg.hidden_size + _head_parameters(cfg)) * bytes_per_element
-        return _ranges(_cheapest_counts(cfg.num_layers, num_stages, layer_bytes, head_bytes))
-    if split == "equal":
-        each, extra = divmod(cfg.num_layers, num_stages)
-        return _ranges([each + (stage < extra) for stage in range(num_stages)])
-    return _ranges(_given_counts(cfg, num_stages, split))
+
+
+def least_count(stage: int, num_stages: int) -> int:
+    """Layers that a stage must have: the last of several has the lm_head to do."""
+    return 0 if 0 < stage == num_stages - 1 else 1
+
+
+def layer_ranges(counts: Sequence[int]) -> list[LayerRange]:
+    """Half-open ranges of so many layers each, in order."""
+    ranges, start_layer = [], 0
+    for count in counts:
+        ranges.append((start_layer, start_layer + count))
+        start_layer += count
+    return ranges
 
 
 def stage_weight_bytes(
@@ -61,13 +76,13 @@ def stage_weight_bytes(
     A tied embedding is held on the first and on the last stage, once if they are the same.
     """
     start_layer, end_layer = layer_range
-    num_parameters = (end_layer - start_layer) * _layer_parameters(cfg)
+    num_parameters = (end_layer - start_layer) * layer_parameters(cfg)
     if is_first:
-        num_parameters += _head_parameters(cfg)
+        num_parameters += head_parameters(cfg)
     if is_last:
         num_parameters += cfg.hidden_size
         if not (is_first and cfg.tie_word_embeddings):
-            num_parameters += _head_parameters(cfg)
+            num_parameters += head_parameters(cfg)
     return num_parameters * bytes_per_element
 
 
@@ -76,29 +91,30 @@ def kv_bytes_per_token(cfg: ModelConfig, num_layers: int, bytes_per_element: int
     return 2 * num_layers * cfg.kv_size * bytes_per_element
 
 
-def _layer_parameters(cfg: ModelConfig) -> int:
+def layer_parameters(cfg: ModelConfig) -> int:
+    """Weights of one layer."""
     return sum(math.prod(shape) for shape in cfg.layer_shapes().values())
 
 
-def _head_parameters(cfg: ModelConfig) -> int:
+def head_parameters(cfg: ModelConfig) -> int:
+    """Weights of the lm_head, and of the embedding."""
     return cfg.vocab_size * cfg.hidden_size
-
-
-def _ranges(counts: Sequence[int]) -> list[LayerRange]:
-    ranges, start_layer = [], 0
-    for count in counts:
-        ranges.append((start_layer, start_layer + count))
-        start_layer += count
-    return ranges
 
 
 def _given_counts(cfg: ModelConfig, num_stages: int, split: str | Sequence[int]) -> list[int]:
     counts: list[object] = list(split)
     if len(counts) != num_stages:
         raise ConfigError(f"pipeline.split: {len(counts)} counts for pipeline.stages={num_stages}")
-    numbers = [count for count in counts if isinstance(count, int) and count > 0]
+    numbers = [
+        count
+        for stage, count in enumerate(counts)
+        if isinstance(count, int) and count >= least_count(stage, num_stages)
+    ]
     if len(numbers) < num_stages:
-        raise ConfigError(f"pipeline.split: expected layer counts above 0, got {split!r}")
+        raise ConfigError(
+            "pipeline.split: expected layer counts above 0 (the last of several stages may have "
+            f"none), got {split!r}"
+        )
     if sum(numbers) != cfg.num_layers:
         raise ConfigError(
             f"pipeline.split: {'+'.join(map(str, numbers))} = {sum(numbers)} layers; "
@@ -107,44 +123,75 @@ def _given_counts(cfg: ModelConfig, num_stages: int, split: str | Sequence[int])
     return numbers
 
 
-def _cheapest_counts(
-    num_layers: int, num_stages: int, layer_bytes: int, head_bytes: int
-) -> list[int]:
-    """Layer counts with the least largest cost, then the least sum of squared costs.
+# --------------------------------------------------------------------------------------
+# the best split of all
 
-    Two dynamic programs over (stages, layers) filled from the front: the first finds the
-    least largest cost, the second, bounded by it, the most even way to reach it.
+
+def best_counts(costs: CostTable, pressures: CostTable | None = None) -> list[int] | None:
+    """Layer counts of the best split; None if no split is possible.
+
+    The best has the least largest cost; of these, the least largest pressure (what a second
+    table says, such as how little memory is left); of these, the least sum of squared costs,
+    which is the most even one; of these, the remainder lies on earlier stages.
+
+    Three dynamic programs over (stages, layers), each bounded by what the one before found.
     """
+    slowest = _least_maximum(costs)
+    if slowest is None:
+        return None
+    costs = _limited(costs, costs, slowest)
+    if pressures is not None:
+        pressures = _limited(pressures, costs, slowest)
+        fullest = _least_maximum(pressures)
+        if fullest is None:
+            return None
+        costs = _limited(costs, pressures, fullest)
+    return _most_even(costs)
 
-    def cost(stage: int, count: int) -> int:
-        return count * layer_bytes + (head_bytes if stage == num_stages - 1 else 0)
 
-    costliest = [0] + [-1] * num_layers  # -1: cannot be reached
-    for stage in range(num_stages):
-        costliest = [
-            min(
-                (
-                    max(costliest[used], cost(stage, layers - used))
-                    for used in range(layers)
-                    if costliest[used] >= 0
-                ),
-                default=-1,
-            )
-            for layers in range(num_layers + 1)
+def _limited(table: CostTable, by: CostTable, bound: int) -> CostTable:
+    """``table`` where ``by`` has an entry of at most ``bound``; None elsewhere."""
+    return [
+        [
+            cost if other is not None and other <= bound else None
+            for cost, other in zip(row, by_row, strict=True)
         ]
-    return _most_even_counts(num_layers, num_stages, costliest[num_layers], cost)
+        for row, by_row in zip(table, by, strict=True)
+    ]
 
 
-def _most_even_counts(num_layers: int, num_stages: int, bound: int, cost: _CostOf) -> list[int]:
+def _entries(row: Sequence[int | None], num_left: int) -> Iterator[tuple[int, int]]:
+    """(count, cost) of what is possible with at most ``num_left`` layers."""
+    for count in range(num_left + 1):
+        cost = row[count]
+        if cost is not None:
+            yield count, cost
+
+
+def _least_maximum(table: CostTable) -> int | None:
+    """The least largest cost of all splits; None if no split is possible."""
+    num_layers = len(table[0]) - 1
+    best = {0: 0}  # layers used -> largest cost
+    for row in table:
+        reached: dict[int, int] = {}
+        for used, largest in best.items():
+            for count, cost in _entries(row, num_layers - used):
+                known = reached.get(used + count)
+                if known is None or max(largest, cost) < known:
+                    reached[used + count] = max(largest, cost)
+        best = reached
+    return best.get(num_layers)
+
+
+def _most_even(table: CostTable) -> list[int]:
+    """The split with the least sum of squared costs; one is known to be possible."""
+    num_layers = len(table[0]) - 1
     best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # layers used -> (squares, counts)
-    for stage in range(num_stages):
+    for row in table:
         reached: dict[int, tuple[int, list[int]]] = {}
         for used, (squares, counts) in best.items():
-            for count in range(1, num_layers - used + 1):
-                stage_cost = cost(stage, count)
-                if stage_cost > bound:
-                    break
-                total = squares + stage_cost**2
+            for count, cost in _entries(row, num_layers - used):
+                total = squares + cost**2
                 known = reached.get(used + count)
                 # ties go to the larger count, so that the remainder lies on earlier stages
                 if known is None or total < known[0] or (total == known[0] and counts > known[1]):

@@ -5,30 +5,31 @@ in the order of the class. ``encode`` and ``decode`` are the only way in and out
 refuses bytes that are not exactly one known message with fields of the declared types.
 ``docs/protocol.md`` lists who sends what to whom.
 
-Arrays of numbers travel as packed little-endian bytes, never as lists: ``pack_u32`` and
-``pack_i32`` make them, ``unpack_u32`` and ``unpack_i32`` read them back.
+Arrays of numbers travel as packed little-endian bytes, never as lists: ``pack_u32`` and its
+like make them, ``unpack_u32`` and its like read them back.
 """
 
 from __future__ import annotations
 
 import array
 import dataclasses
-import functools
 import sys
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import msgpack
 
 from ember_pp.errors import ProtocolError
+from ember_pp.field_codec import Struct, from_array, to_array
 
 PROTOCOL_VERSION = 1
 
 _U32 = "I"
 _I32 = "i"
+_I64 = "q"
 _F32 = "f"
+_IS_LITTLE_ENDIAN = sys.byteorder == "little"
 
 
 # --------------------------------------------------------------------------------------
@@ -36,8 +37,10 @@ _F32 = "f"
 
 
 def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
+    if isinstance(values, array.array) and values.typecode == typecode and _IS_LITTLE_ENDIAN:
+        return values.tobytes()
     packed = array.array(typecode, values)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         packed.byteswap()
     return packed.tobytes()
 
@@ -45,9 +48,9 @@ def _pack(typecode: str, values: Iterable[int] | Iterable[float]) -> bytes:
 def _unpack(typecode: str, packed: bytes) -> array.array[Any]:
     values = array.array(typecode)
     if len(packed) % values.itemsize:
-        raise ProtocolError(f"a packed array of {len(packed)} bytes; expected a multiple of 4")
+        raise ProtocolError(f"a packed array of {len(packed)} bytes of {values.itemsize} each")
     values.frombytes(packed)
-    if sys.byteorder == "big":
+    if not _IS_LITTLE_ENDIAN:
         values.byteswap()
     return values
 
@@ -60,6 +63,11 @@ def pack_u32(values: Iterable[int]) -> bytes:
 def pack_i32(values: Iterable[int]) -> bytes:
     """Signed 32-bit little-endian bytes of ``values``."""
     return _pack(_I32, values)
+
+
+def pack_i64(values: Iterable[int]) -> bytes:
+    """Signed 64-bit little-endian bytes of ``values``."""
+    return _pack(_I64, values)
 
 
 def pack_f32(values: Iterable[float]) -> bytes:
@@ -77,6 +85,11 @@ def unpack_i32(packed: bytes) -> array.array[int]:
     return _unpack(_I32, packed)
 
 
+def unpack_i64(packed: bytes) -> array.array[int]:
+    """The numbers that ``pack_i64`` packed; ``ProtocolError`` if the length is no multiple of 8."""
+    return _unpack(_I64, packed)
+
+
 def unpack_f32(packed: bytes) -> array.array[float]:
     """The numbers that ``pack_f32`` packed; ``ProtocolError`` if the length is no multiple of 4."""
     return _unpack(_F32, packed)
@@ -84,11 +97,6 @@ def unpack_f32(packed: bytes) -> array.array[float]:
 
 # --------------------------------------------------------------------------------------
 # structs and messages
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Struct:
-    """A part of a message: travels as an array of its fields, without tag or version."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +154,7 @@ class Submit(Message):
     template_kwargs: dict[str, Any]
     """Extra names for the chat template, such as ``enable_thinking`` or ``tools``."""
     stream: bool
-    """True: text and ids come in ``TokenDelta``s as they are made; False: all in ``Finished``."""
+    """True: text and ids come in ``TokenDeltas`` as they are made; False: all in ``Finished``."""
     seed_key: str
     """Without a seed, the request draws with one derived from ``sampling.seed`` and this key."""
 
@@ -185,22 +193,29 @@ class Accepted(Message):
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenDelta(Message):
-    """What is new of a streamed answer. Text lags behind ids while a stop string may begin."""
+class TokenDeltas(Message):
+    """What is new of a client's streamed answers, in one message for all of them.
 
-    TAG: ClassVar[str] = "token_delta"
-    request_id: str
-    text: str
+    Text lags behind ids while a stop string may begin. Without any request it is no more than
+    a sign of life.
+    """
+
+    TAG: ClassVar[str] = "token_deltas"
+    request_ids: list[str]
+    texts: list[str]
+    """One per request."""
+    num_token_ids: bytes
+    """u32, one per request."""
     token_ids: bytes
-    """i32."""
-    logprobs: list[TokenLogprobs]
-    """One per token id, or empty when not asked for."""
+    """i32, of one request after the other."""
+    logprobs: list[TokenLogprobs | None]
+    """One per token id, None where not asked for; empty when no request asks."""
 
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished(Message):
-    """The end of a request, with what ``TokenDelta`` has not carried yet."""
+    """The end of a request, with what ``TokenDeltas`` have not carried yet."""
 
     TAG: ClassVar[str] = "finished"
     request_id: str
@@ -338,7 +353,7 @@ class Sampled(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageStats(Message):
-    """Running totals of a stage since its start, sent some times a second while they change."""
+    """Running totals of a stage since its start (``stage/timing.py``), sent while they change."""
 
     TAG: ClassVar[str] = "stage_stats"
     epoch: int
@@ -347,13 +362,35 @@ class StageStats(Message):
     """Last plan that it finished; -1 before the first."""
     busy_ns: int
     wait_input_ns: int
-    """Waiting for the previous stage or for a plan."""
+    """Waiting for hidden states or for feedback."""
     wait_output_ns: int
     """Waiting for a free slot of the next stage's ring."""
+    host_gap_ns: int
+    """Waiting for a plan while the coordinator had sequences."""
+    idle_ns: int
+    """Waiting for a plan while it had none."""
     waiting_for: str
     """What it waits for now, in words: plan, slot, edge; empty when it works or idles."""
     peak_bytes: int
     """Most device memory held so far; resident set on CPU."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageTrace(Message):
+    """Times of plans and waits, while ``trace.output`` or ``trace.picture`` asks for them.
+
+    In nanoseconds of the host's monotonic clock, in the order in which they ended.
+    """
+
+    TAG: ClassVar[str] = "stage_trace"
+    epoch: int
+    stage_index: int
+    plans: bytes
+    """i64 quintuples (plan, when it came, when its input was there, when its output was handed
+    on, when it was done); 0 for an input or output that a plan does not have."""
+    waits: bytes
+    """i64 triples (state, start, end); states as in ``StageState`` of the stage."""
 
 
 @_register
@@ -494,102 +531,11 @@ class Shutdown(Message):
 # --------------------------------------------------------------------------------------
 # encoding
 
-_Encoder = Callable[[Any], Any]
-_Decoder = Callable[[Any, str], Any]
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _struct_to_array(value: Any) -> list[Any]:
-    cls: Any = type(value)
-    return [encoder(getattr(value, name)) for name, encoder, _ in _field_codecs(cls)]
-
-
-@functools.cache
-def _field_codecs(cls: Any) -> tuple[tuple[str, _Encoder, _Decoder], ...]:
-    hints = typing.get_type_hints(cls)
-    return tuple((field.name, *_codec_for(hints[field.name])) for field in dataclasses.fields(cls))
-
-
-def _codec_for(hint: Any) -> tuple[_Encoder, _Decoder]:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _union_codec(typing.get_args(hint))
-    if origin is list:
-        return _list_codec(typing.get_args(hint)[0])
-    if origin is dict:
-        return _identity, _checked(dict)
-    if isinstance(hint, type) and issubclass(hint, Struct):
-        return _struct_to_array, lambda value, where: _decode_fields(hint, value, where)
-    return _identity, _checked(hint)
-
-
-def _checked(expected: type[Any]) -> _Decoder:
-    accepted: tuple[type[Any], ...] = (float, int) if expected is float else (expected,)
-
-    def decode_value(value: Any, where: str) -> Any:
-        if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
-            raise ProtocolError(
-                f"{where}: expected {expected.__name__}, got {type(value).__name__}"
-            )
-        return value
-
-    return decode_value
-
-
-def _list_codec(item_hint: Any) -> tuple[_Encoder, _Decoder]:
-    if item_hint is Any:
-        return _identity, _checked(list)
-    encode_item, decode_item = _codec_for(item_hint)
-    check_list = _checked(list)
-
-    def decode_list(value: Any, where: str) -> list[Any]:
-        return [decode_item(item, where) for item in check_list(value, where)]
-
-    return lambda value: [encode_item(item) for item in value], decode_list
-
-
-def _union_codec(options: tuple[Any, ...]) -> tuple[_Encoder, _Decoder]:
-    is_optional = type(None) in options
-    codecs = [_codec_for(option) for option in options if option is not type(None)]
-
-    def encode_value(value: Any) -> Any:
-        return _struct_to_array(value) if isinstance(value, Struct) else value
-
-    def decode_value(value: Any, where: str) -> Any:
-        if value is None and is_optional:
-            return None
-        failure = ProtocolError(f"{where}: missing")
-        for _, decode_option in codecs:
-            try:
-                return decode_option(value, where)
-            except ProtocolError as error:
-                failure = error
-        raise failure
-
-    return encode_value, decode_value
-
-
-def _decode_fields(cls: Any, values: Any, where: str) -> Any:
-    codecs = _field_codecs(cls)
-    if not isinstance(values, list) or len(values) != len(codecs):
-        count = len(values) if isinstance(values, list) else type(values).__name__
-        raise ProtocolError(f"{where}: expected {len(codecs)} fields, got {count}")
-    return cls(
-        *(
-            decode_value(value, f"{where}.{name}")
-            for (name, _, decode_value), value in zip(codecs, values, strict=True)
-        )
-    )
-
 
 def encode(message: Message) -> bytes:
     """The bytes of ``message``."""
-    packed: bytes = msgpack.packb(
-        [PROTOCOL_VERSION, message.TAG, *_struct_to_array(message)], use_bin_type=True
-    )
+    values = [PROTOCOL_VERSION, message.TAG, *to_array(message)]
+    packed: bytes = msgpack.packb(values)
     return packed
 
 
@@ -614,5 +560,5 @@ def decode(packed: bytes) -> Message:
     cls = _REGISTRY.get(values[1])
     if cls is None:
         raise ProtocolError(f"unknown message {values[1][:64]!r}")
-    decoded: Message = _decode_fields(cls, values[2:], cls.__name__)
+    decoded: Message = from_array(cls, values[2:], cls.__name__)
     return decoded

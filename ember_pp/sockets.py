@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import math
 import os
 import re
 import shutil
@@ -36,6 +37,9 @@ _LINGER_MS = 1000  # long enough for a last message to a live peer, never for ev
 _SEND_QUEUE = 100_000  # messages queued to one peer before it counts as gone
 _MAX_IPC_PATH_BYTES = 107  # sockaddr_un on Linux
 _DIRECTORY_PREFIX = "ember-pp-"
+# As plain numbers: the library's flags are an enum, whose arithmetic takes as long as a send.
+_AT_ONCE = int(zmq.NOBLOCK)
+_MORE_FOLLOWS = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def check_address(address: str) -> None:
@@ -133,6 +137,8 @@ class RouterSocket:
         self._socket.rcvhwm = _SEND_QUEUE
         self._socket.maxmsgsize = max_message_bytes
         self._socket.router_mandatory = True
+        self._monitor: Any = None
+        self._has_disconnects = False
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -140,23 +146,49 @@ class RouterSocket:
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
             raise AddressError(f"coordinator.address: {address} {reason}") from None
 
+    def watch_disconnects(self) -> None:
+        """From now on ``wait_readable`` notices connections that end."""
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def take_disconnects(self) -> bool:
+        """Whether ``wait_readable`` saw a connection end since the last call.
+
+        Whose it was, ZeroMQ does not tell; ``send`` to that peer may still work for a moment.
+        """
+        has_disconnects, self._has_disconnects = self._has_disconnects, False
+        return has_disconnects
+
+    def _drain_monitor(self) -> None:
+        self._has_disconnects = True
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+
     def receive_all(
         self, max_messages: int = 1000
     ) -> Iterator[tuple[bytes, protocol.Message | ProtocolError]]:
         """What has arrived, without waiting: identity, and the message or why it is none."""
+        for identity, message, _ in self.receive_sized(max_messages):
+            yield identity, message
+
+    def receive_sized(
+        self, max_messages: int
+    ) -> Iterator[tuple[bytes, protocol.Message | ProtocolError, int]]:
+        """As ``receive_all``, and the bytes of each message."""
         for _ in range(max_messages):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(_AT_ONCE)
             except zmq.Again:
                 return
             identity, payload = frames[0], frames[-1]
             if len(frames) != 2:
-                yield identity, ProtocolError(f"expected one frame, got {len(frames) - 1}")
+                error = ProtocolError(f"expected one frame, got {len(frames) - 1}")
+                yield identity, error, len(payload)
                 continue
             try:
-                yield identity, protocol.decode(payload)
+                yield identity, protocol.decode(payload), len(payload)
             except ProtocolError as error:
-                yield identity, error
+                yield identity, error, len(payload)
 
     def send(self, identity: bytes, message: protocol.Message | bytes) -> bool:
         """Send to one peer; False when it is gone or does not read what it was sent.
@@ -165,7 +197,8 @@ class RouterSocket:
         """
         packed = message if isinstance(message, bytes) else protocol.encode(message)
         try:
-            self._socket.send_multipart((identity, packed), zmq.NOBLOCK)
+            self._socket.send(identity, _MORE_FOLLOWS)
+            self._socket.send(packed, _AT_ONCE)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
@@ -174,6 +207,10 @@ class RouterSocket:
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Stop listening; what is queued goes out within ``linger_ms``."""
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
         self._socket.close(linger=linger_ms)
         if self.address.startswith("ipc://"):
             with contextlib.suppress(OSError):
@@ -191,11 +228,17 @@ def wait_readable(
     poller = zmq.Poller()
     for router in routers:
         poller.register(router._socket, zmq.POLLIN)
+        if router._monitor is not None:
+            poller.register(router._monitor, zmq.POLLIN)
     wanted = set(file_descriptors)
     for descriptor in wanted:
         poller.register(descriptor, zmq.POLLIN)
-    timeout_ms = None if timeout_s is None else max(0, round(timeout_s * 1000))
-    return {item for item, _ in poller.poll(timeout_ms) if isinstance(item, int)} & wanted
+    timeout_ms = None if timeout_s is None else max(0, math.ceil(timeout_s * 1000))
+    ready = {item for item, _ in poller.poll(timeout_ms)}
+    for router in routers:
+        if router._monitor in ready:
+            router._drain_monitor()
+    return wanted & ready
 
 
 class DealerSocket:
@@ -244,6 +287,11 @@ class DealerSocket:
         """End the current or next ``receive`` early; may be called from any thread."""
         with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
             os.write(self._wake_writer, b"\0")
+
+    def flush(self) -> None:
+        """Close, and wait until what was sent is with the peer; the last call of a process."""
+        self.close()
+        zmq.Context.instance().term()
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close; what is queued goes out within ``linger_ms``."""

@@ -65,6 +65,7 @@ class StopMatcher:
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
         self._root = _build_automaton(stops)
+        self._first_characters = frozenset(self._root.children)
         self._node = self._root
         self._held = ""
         """The last ``self._node.depth`` characters: not emitted, a stop may begin there."""
@@ -78,8 +79,8 @@ class StopMatcher:
         """
         if self._stop is not None:
             return "", self._stop
-        if not self._root.children:
-            return text, None
+        if self._node is self._root and self._first_characters.isdisjoint(text):
+            return text, None  # nearly always: no stop string begins here
         node, text_start = self._node, len(self._held)
         for index, character in enumerate(text, start=1):
             node = _advance(node, character)

@@ -63,6 +63,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._token_bytes: dict[int, bytes] = {}
+        self._whole_texts: tuple[dict[int, str], dict[int, str]] = ({}, {})
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -117,7 +118,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidRequestError("prompt: not valid Unicode (a lone surrogate)") from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the library's ways to encode, only batches let other threads run meanwhile.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        return ids
 
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of what ``render_chat`` made; a template writes its special tokens itself."""
@@ -148,6 +152,12 @@ class Tokenizer:
         if known is None:
             known = self._token_bytes[token_id] = self._make_token_bytes(token_id)
         return known
+
+    def whole_texts(self, skip_special_tokens: bool) -> dict[int, str]:
+        """What ids add to a text that ends with a whole character, as far as that is whole
+        characters again; filled by the detokenizers, which share it. Empty unless
+        ``is_byte_level``."""
+        return self._whole_texts[skip_special_tokens]
 
     def _make_token_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
@@ -208,6 +218,9 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole_texts = tokenizer.whole_texts(skip_special_tokens)
+        self._is_inside_character = False
+        """Bytes of a character have come, and not all of them; only with a byte-level one."""
         self._context: list[int] = []
         """Ids whose text is out, kept to decode what follows as it is decoded after them."""
         self._pending: list[int] = []
@@ -216,16 +229,31 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Take more ids; return the text that became certain."""
+        return "".join(map(self.push_one, token_ids))
+
+    def push_one(self, token_id: int) -> str:
+        """As ``push`` of one id, which nearly always is one look into a table."""
+        if not self._is_inside_character:
+            text = self._whole_texts.get(token_id)
+            if text is not None:
+                return text
         tokenizer = self._tokenizer
-        if self._skip_special_tokens:
-            token_ids = [i for i in token_ids if not tokenizer.is_special(i)]
+        if self._skip_special_tokens and tokenizer.is_special(token_id):
+            return ""
         if tokenizer.is_byte_level:
-            return self._utf8.decode(b"".join(map(tokenizer.token_bytes, token_ids)))
-        for token_id in token_ids:
-            self._pending.append(token_id)
-            if not tokenizer.joins_next(token_id):
-                self._num_decodable = len(self._pending)
+            return self._add_bytes(token_id, tokenizer.token_bytes(token_id))
+        self._pending.append(token_id)
+        if not tokenizer.joins_next(token_id):
+            self._num_decodable = len(self._pending)
         return self._decode_pending(self._num_decodable, is_last=False)
+
+    def _add_bytes(self, token_id: int, added: bytes) -> str:
+        was_inside = self._is_inside_character
+        text = self._utf8.decode(added)
+        self._is_inside_character = bool(self._utf8.getstate()[0])
+        if not (was_inside or self._is_inside_character or _REPLACEMENT in text):
+            self._whole_texts[token_id] = text
+        return text
 
     def flush(self) -> str:
         """The text still held back, once no more ids will come."""

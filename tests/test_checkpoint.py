@@ -507,6 +507,21 @@ def test_the_cache_is_enough(use_hub: Callable[[FakeHub], FakeHub], tiny_checkpo
     assert not any("bin" in pattern for pattern in call["allow_patterns"])
 
 
+def test_for_a_plan_the_configuration_is_enough(
+    use_hub: Callable[[FakeHub], FakeHub], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    hub = use_hub(FakeHub(tmp_path, RuntimeError("no network")))
+    assert locate("Some/Model", config_only=True) == tmp_path
+    hub = use_hub(FakeHub(None, tmp_path))
+    assert locate("Some/Model", config_only=True) == tmp_path
+    assert [call["allow_patterns"] for call in hub.calls] == [["config.json"]] * 2
+    (tmp_path / "config.json").unlink()  # a cached folder without it does not do
+    hub = use_hub(FakeHub(tmp_path, tmp_path))
+    locate("Some/Model", config_only=True)
+    assert [call["local_files_only"] for call in hub.calls] == [True, False]
+
+
 def test_half_a_download_in_the_cache_is_completed(
     use_hub: Callable[[FakeHub], FakeHub], sharded_copy: Path, tiny_checkpoint: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """client: the protocol from the other side of a coordinator that the test plays."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 
@@ -8,10 +9,12 @@ import pytest
 
 from ember_pp import protocol
 from ember_pp.client import AsyncClient, Client
+from ember_pp.client_session import ClientSession, RequestState
 from ember_pp.errors import (
     DeadlineExceededError,
     EmberError,
     InvalidRequestError,
+    ProtocolError,
     StageDiedError,
     UnavailableError,
 )
@@ -33,6 +36,17 @@ def finished(request_id, text="", ids=(), reason="stop"):
     )
 
 
+def deltas(news):
+    """The message with ``news``: triples of request id, text and token ids."""
+    return protocol.TokenDeltas(
+        request_ids=[request_id for request_id, _, _ in news],
+        texts=[text for _, text, _ in news],
+        num_token_ids=protocol.pack_u32([len(ids) for _, _, ids in news]),
+        token_ids=protocol.pack_i32([token_id for _, _, ids in news for token_id in ids]),
+        logprobs=[],
+    )
+
+
 def echo(message):
     """Answers a submission with its own prompt, a character a delta."""
     match message:
@@ -46,9 +60,7 @@ def echo(message):
             yield protocol.Accepted(message.request_id, 3)
             if message.stream:
                 for character in message.prompt:
-                    yield protocol.TokenDelta(
-                        message.request_id, character, protocol.pack_i32([ord(character)]), []
-                    )
+                    yield deltas([(message.request_id, character, [ord(character)])])
                 yield finished(message.request_id)
             else:
                 yield finished(message.request_id, message.prompt, [ord(c) for c in message.prompt])
@@ -237,6 +249,96 @@ def test_the_async_client_does_the_same(coordinator):
     assert parts == ["x", "y", "z"]
     assert finish_reason == "abort"
     assert status == {"phase": "ready"}
+
+
+def test_concurrent_cancels_get_their_own_answers(coordinator):
+    async def talk():
+        async with AsyncClient(coordinator.address, timeout_s=5.0) as client:
+            ids = [(await client.submit("silent")).request_id for _ in range(6)]
+            return await asyncio.gather(
+                client.cancel(ids[:1]), client.cancel(ids[1:3]), client.cancel(ids[3:])
+            )
+
+    assert asyncio.run(talk()) == [1, 2, 3]
+
+
+def test_a_cancel_that_was_given_up_does_not_answer_the_next():
+    num_cancels = 0
+
+    def answer(message):
+        nonlocal num_cancels
+        if isinstance(message, protocol.Cancel):
+            num_cancels += 1
+            if num_cancels == 2:
+                yield protocol.CancelReply(11)
+                yield protocol.CancelReply(22)
+
+    with (
+        FakeCoordinator(answer) as coordinator,
+        Client(coordinator.address, timeout_s=0.2) as client,
+    ):
+        with pytest.raises(DeadlineExceededError, match="the answer to cancel"):
+            client.cancel(["a"])
+        assert client.cancel(["b"]) == 22
+
+
+def test_news_of_many_requests_come_in_one_message():
+    received = []
+
+    def answer(message):
+        if isinstance(message, protocol.Submit):
+            received.append(message.request_id)
+        if len(received) == 2:
+            a, b = received
+            yield deltas([(b, "x", [1, 2]), ("unknown", "?", [9]), (a, "", []), (b, "y", [3])])
+            yield deltas([])
+            yield finished(a, "z", [4])
+            yield finished(b)
+            received.clear()
+
+    with (
+        FakeCoordinator(answer) as coordinator,
+        Client(coordinator.address, timeout_s=5.0) as client,
+    ):
+        requests = [client.submit(name, stream=True) for name in "ab"]
+        a, b = (request.result(5.0) for request in requests)
+        assert (a.text, a.token_ids) == ("z", [4])
+        assert (b.text, b.token_ids) == ("xy", [1, 2, 3])
+        assert [delta.text for delta in requests[1]] == ["x", "y"]
+
+
+def test_log_probabilities_go_to_who_asked():
+    entries = [protocol.TokenLogprobs(-float(n), b"", b"") for n in range(3)]
+    session = ClientSession("ipc:///x", 1.0)
+    states = {name: RequestState(name) for name in ("none", "some", "one")}
+    for state in states.values():
+        session.add(state, state)
+    news = deltas([("none", "", [1, 2]), ("some", "", [3, 4]), ("one", "", [5])])
+    logprobs = [None, None, entries[0], entries[1], entries[2]]
+    session.handle(dataclasses.replace(news, logprobs=logprobs))
+    assert {name: state.logprobs for name, state in states.items()} == {
+        "none": [],
+        "some": entries[:2],
+        "one": entries[2:],
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"texts": []},
+        {"num_token_ids": protocol.pack_u32([1])},
+        {"num_token_ids": protocol.pack_u32([2, 2])},
+        {"token_ids": protocol.pack_i32([1])},
+        {"logprobs": [None]},
+    ],
+)
+def test_columns_that_do_not_go_together_are_refused(wrong):
+    session = ClientSession("ipc:///x", 1.0)
+    good = deltas([("a", "x", [1]), ("b", "y", [2, 3])])
+    session.handle(good)
+    with pytest.raises(ProtocolError, match="TokenDeltas: columns of different lengths"):
+        session.handle(dataclasses.replace(good, **wrong))
 
 
 def test_the_async_client_names_a_coordinator_that_is_not_there():

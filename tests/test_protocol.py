@@ -1,5 +1,6 @@
 """The wire format: every message round-trips; anything else is a ProtocolError and no other."""
 
+import array
 import contextlib
 import dataclasses
 import re
@@ -202,6 +203,16 @@ def test_packed_i32_comes_back(numbers):
     packed = protocol.pack_i32(numbers)
     assert protocol.unpack_i32(packed).tolist() == numbers
     assert packed == b"".join(number.to_bytes(4, "little", signed=True) for number in numbers)
+
+
+@pytest.mark.parametrize("typecode", "bBhHiIlLqQ")
+def test_arrays_are_packed_by_their_values_not_by_their_type(typecode):
+    numbers = [0, 1, 127]
+    values = array.array(typecode, numbers)
+    assert protocol.pack_i32(values) == protocol.pack_i32(numbers)
+    assert protocol.pack_u32(values) == protocol.pack_u32(numbers)
+    assert protocol.pack_i64(values) == protocol.pack_i64(numbers)
+    assert values.tolist() == numbers  # as they were
 
 
 @generated

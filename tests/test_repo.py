@@ -31,6 +31,7 @@ OWNERS = {
     "safetensors": {"checkpoint.py"},
     "huggingface_hub": {"checkpoint.py"},
     "cuda": {"kernels/build.py", "kernels/launch.py"},
+    "PIL": {"coordinator/drawing.py"},
 }
 TORCH_ROOMS = ("kernels/", "stage/", "checkpoint.py")
 # The environment is read in one place; the launcher hands a secret to the process it starts.
@@ -100,8 +101,10 @@ def test_torch_stays_where_devices_are():
 
 
 def test_only_declared_dependencies_are_imported():
-    declared = {re.split(r"[<>=]", line)[0].lower() for line in PROJECT["dependencies"]}
+    required = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["picture"]]
+    declared = {re.split(r"[<>=]", line)[0].lower() for line in required}
     modules = {"pyzmq": "zmq", "hydra-core": "hydra", "huggingface-hub": "huggingface_hub"}
+    modules["pillow"] = "PIL"
     allowed = {modules.get(name, name) for name in declared}
     allowed |= {"omegaconf", "ember_pp"}  # omegaconf is part of what hydra-core is
     allowed |= {"cuda"}  # of the extra "cuda"; imported where a kernel is built or loaded

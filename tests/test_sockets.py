@@ -107,6 +107,30 @@ def test_wait_readable_names_descriptors(router):
     os.close(writer)
 
 
+def test_a_peer_that_goes_wakes_the_poll_and_cannot_be_sent_to(router):
+    router.watch_disconnects()
+    stays, goes = (DealerSocket(router.address, identity=name) for name in (b"stays", b"goes"))
+    for dealer in (stays, goes):
+        dealer.send(protocol.Status())
+    identities, deadline_s = set(), time.monotonic() + 5.0
+    while len(identities) < 2 and time.monotonic() < deadline_s:
+        wait_readable([router], [], 0.2)
+        identities |= {identity for identity, _ in router.receive_all()}
+    assert identities == {b"stays", b"goes"}
+    assert not router.take_disconnects()
+    goes.close()
+    wait_readable([router], [], 30.0)
+    assert time.monotonic() < deadline_s + 20.0
+    assert router.take_disconnects()
+    assert not router.take_disconnects()
+    while router.send(b"goes", protocol.CancelReply(0)):  # it may still take a moment
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert router.send(b"stays", protocol.CancelReply(7))
+    assert stays.receive(5.0) == protocol.CancelReply(7)
+    stays.close()
+
+
 def test_an_address_in_use_is_refused(router, directory):
     with pytest.raises(AddressError, match="in use by another coordinator"):
         RouterSocket(router.address, max_message_bytes=MAX_BYTES)

@@ -44,6 +44,14 @@ def test_cuts_where_the_definition_says(pieces, stops):
     assert run(pieces, stops) == expected_cut("".join(pieces), stops)
 
 
+@given(
+    pieces=st.lists(st.text("abcdefgh", max_size=6), max_size=8),
+    stops=st.lists(st.text("abcdefgh", min_size=1, max_size=3), max_size=4),
+)
+def test_cuts_where_the_definition_says_in_text_that_rarely_begins_a_stop(pieces, stops):
+    assert run(pieces, stops) == expected_cut("".join(pieces), stops)
+
+
 @given(text=texts, stops=stop_lists)
 def test_pushing_characters_or_all_at_once_is_the_same(text, stops):
     assert run(list(text), stops) == run([text], stops)

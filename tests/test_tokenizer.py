@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +269,64 @@ def test_streamed_text_equals_text_decoded_at_once(tokenizer_of, kind, skip_spec
     detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens)
     streamed = "".join(detokenizer.push(token_ids) for token_ids in pushes) + detokenizer.flush()
     assert streamed == tokenizer.decode(list(itertools.chain(*pushes)), skip_special_tokens)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_detokenizers_of_one_tokenizer_do_not_disturb_each_other(tokenizer_of, kind, data):
+    """They share what they know of ids; some skip special tokens, some are inside a character."""
+    tokenizer = tokenizer_of(kind)
+    some_ids = st.lists(st.integers(0, tokenizer.vocab_size + 3), min_size=1, max_size=12)
+    ids = st.sampled_from(data.draw(some_ids))  # few, so that they come again
+    turns = data.draw(st.lists(st.tuples(st.integers(0, 3), ids), max_size=40))
+    detokenizers = [IncrementalDetokenizer(tokenizer, n % 2 == 0) for n in range(4)]
+    streamed = [""] * 4
+    for n, token_id in turns:
+        streamed[n] += detokenizers[n].push_one(token_id)
+    for n, detokenizer in enumerate(detokenizers):
+        own = [token_id for m, token_id in turns if m == n]
+        assert streamed[n] + detokenizer.flush() == tokenizer.decode(own, n % 2 == 0)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=60), data=st.data())
+def test_streams_any_text_cut_between_its_tokens_bytes(tokenizer_of, kind, text, data):
+    """Also with special tokens inside, which may stand in the middle of a character."""
+    tokenizer = tokenizer_of(kind)
+    token_ids = tokenizer.encode(text)
+    specials = st.sampled_from([i for i in range(tokenizer.vocab_size) if tokenizer.is_special(i)])
+    for position in data.draw(st.lists(st.integers(0, len(token_ids)), max_size=3)):
+        token_ids.insert(position, data.draw(specials))
+    for skips in (True, False):
+        detokenizer = IncrementalDetokenizer(tokenizer, skips)
+        streamed = "".join(map(detokenizer.push_one, token_ids)) + detokenizer.flush()
+        assert streamed == tokenizer.decode(token_ids, skips)
+
+
+def test_others_run_while_a_text_is_tokenised(tokenizer_of):
+    """Else a thread for it would be none: the interpreter's lock would hold everybody up."""
+    tokenizer = tokenizer_of("demo")
+    text = "".join(CORPUS) * 2000
+    has_begun, has_ended = threading.Event(), threading.Event()
+
+    def encode():
+        has_begun.set()
+        tokenizer.encode(text)
+        has_ended.set()
+
+    thread = threading.Thread(target=encode)
+    started_s = last_s = time.perf_counter()
+    longest_s = 0.0
+    thread.start()
+    has_begun.wait()
+    while not has_ended.is_set():
+        now_s = time.perf_counter()
+        longest_s, last_s = max(longest_s, now_s - last_s), now_s
+    longest_s = max(longest_s, time.perf_counter() - last_s)
+    thread.join()
+    assert longest_s < (last_s - started_s) / 2
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])

@@ -85,7 +85,7 @@ class Admission:
         return self._tokenizer.encode_rendered(text)
 
     def _check_characters(self, field: str, text: str) -> None:
-        # Tokenising takes seconds for megabytes, and everybody else would wait for it.
+        # Tokenising takes seconds for megabytes, and whoever comes after has to wait for it.
         if len(text) > self._max_characters:
             raise InvalidRequestError(
                 f"{field}: {len(text)} characters; at most {self._max_characters} "

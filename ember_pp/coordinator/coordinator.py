@@ -1,14 +1,18 @@
 """The loop of the one process that knows requests: clients on one side, stages on the other.
 
-Each turn waits until something happened, then takes, in this order, what stages said, what
-clients said (a bounded number, so that a flood of submissions does not stop the pipeline),
-and makes plans while the scheduler has any. With nothing to do it sleeps in the poll.
+Each turn waits until something happened, then takes, in this order, what stages said, what was
+admitted, what clients said (a bounded number, so that a flood of submissions does not stop
+the pipeline), makes plans while the scheduler has any, and sends what is new of streamed
+answers. With nothing to do it sleeps in the poll. What may take long, templates and
+tokenising, another thread does (``admission_thread.py``); files are the business of jobs.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +20,17 @@ from typing import Any
 from ember_pp import __version__, protocol
 from ember_pp.config import Config
 from ember_pp.coordinator.admission import Admission
+from ember_pp.coordinator.admission_thread import AdmissionThread, Submission
 from ember_pp.coordinator.launcher import Launcher, LocalLauncher
+from ember_pp.coordinator.metrics import MetricsServer
+from ember_pp.coordinator.open_requests import OpenRequests
 from ember_pp.coordinator.pipeline import Pipeline
 from ember_pp.coordinator.preparation import Preparation, prepare
-from ember_pp.coordinator.request import Request
+from ember_pp.coordinator.request import Request, take_deltas
 from ember_pp.coordinator.router import Router
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
+from ember_pp.coordinator.trace_output import TraceOutput, check_trace
 from ember_pp.errors import (
     EmberError,
     InvalidRequestError,
@@ -39,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
 _START_CHECK_INTERVAL_S = 0.5
+_GONE_CHECK_DELAY_S = 0.1
+"""From a broken connection to looking who is gone: the socket may hear of it a little later."""
 _NO_TOKEN = (
     "the model's logits are NaN or infinite for this request; check the checkpoint, or run with "
     "model.dtype=float32"
@@ -53,6 +63,7 @@ class Coordinator:
         preparation: the checked model and layout.
         clients: bound socket for clients.
         pipelines: the replicas, not yet started.
+        metrics: asks for the status now and then; None: nobody does.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class Coordinator:
         preparation: Preparation,
         clients: RouterSocket,
         pipelines: list[Pipeline],
+        metrics: MetricsServer | None = None,
     ) -> None:
         self._config = config
         self._preparation = preparation
@@ -68,11 +80,19 @@ class Coordinator:
         self._pipelines = pipelines
         self._sockets = [clients, *(pipeline.stage_socket for pipeline in pipelines)]
         self._router = Router(len(pipelines), prefix_tokens=config.cache.block_size)
-        self._admission = Admission(config, preparation)
-        self._requests: dict[str, Request] = {}
+        self._admission = AdmissionThread(Admission(config, preparation).admit)
+        self._open = OpenRequests(
+            max_requests=config.coordinator.max_queued_requests,
+            max_bytes=config.coordinator.max_queued_bytes,
+        )
+        self._fresh: dict[Request, None] = {}
+        """Streamed requests with tokens that are not sent yet, in order."""
         self._waiting_for_start: list[Request] = []
         self._is_ready = False
         self._num_finished = 0
+        self._num_output_tokens = 0
+        self._metrics = metrics
+        self._gone_check_at_s: float | None = None
 
     def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> None:
         """Serve until a signal; open requests are then refused by name.
@@ -100,13 +120,15 @@ class Coordinator:
         finally:
             for pipeline in self._pipelines:
                 pipeline.stop("the coordinator ends")
+            self._admission.close(self._config.coordinator.shutdown_grace_s)
 
     def _turn(self, stop_descriptor: int) -> None:
-        descriptors = [stop_descriptor]
+        descriptors = [stop_descriptor, self._admission.descriptor]
         for pipeline in self._pipelines:
             descriptors += pipeline.supervisor.exit_descriptors
-        timeout_s = None if self._is_ready else _START_CHECK_INTERVAL_S
-        readable = wait_readable(self._sockets, descriptors, timeout_s)
+        if self._metrics is not None:
+            descriptors.append(self._metrics.request_descriptor)
+        readable = wait_readable(self._sockets, descriptors, self._timeout_s())
         for pipeline in self._pipelines:
             for sequence, token_id, logprobs in pipeline.take_messages():
                 self._on_token(sequence, token_id, logprobs)
@@ -114,10 +136,23 @@ class Coordinator:
                 pipeline.check()
         if not self._is_ready:
             self._open_when_ready()
-        for identity, message in self._clients.receive_all(_MAX_CLIENT_MESSAGES_PER_TURN):
-            self._take_client_message(identity, message)
+        if self._admission.descriptor in readable:
+            for submission, outcome in self._admission.take():
+                self._on_admitted(submission, outcome)
+        for identity, message, size in self._clients.receive_sized(_MAX_CLIENT_MESSAGES_PER_TURN):
+            self._take_client_message(identity, message, size)
         for pipeline in self._pipelines:
             pipeline.issue_plans()
+        self._send_deltas()
+        self._look_for_the_gone()
+        if self._metrics is not None and self._metrics.request_descriptor in readable:
+            self._metrics.publish(self.status())
+
+    def _timeout_s(self) -> float | None:
+        """How long the loop may sleep."""
+        if self._gone_check_at_s is not None:
+            return max(0.0, min(_START_CHECK_INTERVAL_S, self._gone_check_at_s - time.monotonic()))
+        return None if self._is_ready else _START_CHECK_INTERVAL_S
 
     def _open_when_ready(self) -> None:
         """Let in what waited for the start, once every replica can take it."""
@@ -126,44 +161,63 @@ class Coordinator:
         self._is_ready = True
         waiting, self._waiting_for_start = self._waiting_for_start, []
         for request in waiting:
-            if self._requests.get(request.request_id) is request:  # else it was cancelled
+            if self._open.find(request.request_id) is request:  # else it was cancelled
                 self._queue_or_refuse(request)
 
     def _on_token(
         self, sequence: Sequence, token_id: int, logprobs: protocol.TokenLogprobs | None
     ) -> None:
-        request = self._requests.get(sequence.request_id)
+        request = self._open.requests.get(sequence.request_id)
         if request is None or request.sequence is not sequence:
             return  # its client went away a moment ago
         if token_id < 0:
             self._release(request)
             self._fail(request, NumericalError(_NO_TOKEN))
             return
+        self._num_output_tokens += 1
         finish_reason = request.on_token(token_id, logprobs)
         if finish_reason is not None:
             self._release(request)
             self._finish(request, finish_reason)
-        elif request.stream and not self._clients.send(request.client, request.take_delta()):
-            self._drop_client(request.client)
+        elif request.stream:
+            self._fresh[request] = None
+
+    def _send_deltas(self) -> None:
+        """One message to each client, for all that is new of its streamed answers."""
+        if not self._fresh:
+            return
+        by_client: dict[bytes, list[Request]] = {}
+        for request in self._fresh:
+            by_client.setdefault(request.client, []).append(request)
+        self._fresh = {}
+        for client, requests in by_client.items():
+            if not self._clients.send(client, take_deltas(requests)):
+                self._drop_client(client)
 
     def _release(self, request: Request) -> None:
         """The request needs its place in the pipeline no more, whether it ended or is given up."""
+        if not self._is_ready:
+            return  # it waits for the start: no scheduler has seen it, though some may be there
         scheduler = self._pipelines[request.replica].scheduler
         if scheduler is not None:
             scheduler.finish(request.sequence)
 
+    def _close(self, request: Request | Submission) -> None:
+        """Nobody waits for it any more, however it ended."""
+        self._num_finished += self._open.close(request)
+
     # clients
 
     def _take_client_message(
-        self, client: bytes, message: protocol.Message | ProtocolError
+        self, client: bytes, message: protocol.Message | ProtocolError, num_bytes: int
     ) -> None:
         match message:
             case protocol.Submit():
-                self._on_submit(client, message)
+                self._on_submit(Submission(client, message, num_bytes))
             case protocol.Cancel():
                 self._on_cancel(client, message)
             case protocol.Status():
-                own = [r.request_id for r in self._requests.values() if r.client == client]
+                own = [request.request_id for request in self._open.of_client(client)]
                 self._clients.send(client, protocol.StatusReply(self.status(), own))
             case ProtocolError():
                 self._refuse(client, "", message)
@@ -171,26 +225,22 @@ class Coordinator:
                 error = ProtocolError(f"{type(message).__name__} is no message of a client")
                 self._refuse(client, "", error)
 
-    def _on_submit(self, client: bytes, submit: protocol.Submit) -> None:
+    def _on_submit(self, submission: Submission) -> None:
         try:
-            if submit.request_id in self._requests or not submit.request_id:
-                raise InvalidRequestError(f"request_id: {submit.request_id!r} is empty or open")
-            limit = self._config.coordinator.max_queued_requests
-            if len(self._requests) >= limit:
-                raise UnavailableError(
-                    f"{limit} requests are open (coordinator.max_queued_requests)"
-                )
-            request = self._admission.admit(client, submit)
+            self._open.add(submission)
         except EmberError as error:
-            self._refuse(client, submit.request_id, error)
+            self._refuse(submission.client, submission.request_id, error)
+        else:
+            self._admission.put(submission)
+
+    def _on_admitted(self, submission: Submission, outcome: Request | EmberError) -> None:
+        if submission.is_withdrawn:
             return
-        except Exception as bug:  # whatever one request does to us, the others go on
-            logger.exception("request %r", submit.request_id)
-            reason = f"this request made the coordinator fail: {type(bug).__name__}"
-            self._refuse(client, submit.request_id, EmberError(reason))
+        if isinstance(outcome, EmberError):
+            self._fail(submission, outcome)
             return
-        self._requests[request.request_id] = request
-        self._queue_or_refuse(request)
+        self._open.admit(submission, outcome)
+        self._queue_or_refuse(outcome)
 
     def _queue_or_refuse(self, request: Request) -> None:
         if not self._is_ready:  # what fits is known once the stages are loaded
@@ -210,46 +260,75 @@ class Coordinator:
         self._clients.send(request.client, accepted)
 
     def _on_cancel(self, client: bytes, cancel: protocol.Cancel) -> None:
-        ids = cancel.request_ids or (list(self._requests) if cancel.everyone else [])
+        if cancel.request_ids:
+            found = [self._open.find(request_id) for request_id in cancel.request_ids]
+            chosen = [request for request in found if request is not None]
+        else:
+            chosen = list(self._open) if cancel.everyone else []
         num_cancelled = 0
-        for request_id in ids:
-            request = self._requests.get(request_id)
-            if request is not None and (cancel.everyone or request.client == client):
-                self._abort(request)
-                num_cancelled += 1
+        for request in chosen:
+            if cancel.everyone or request.client == client:
+                num_cancelled += self._abort(request)
         self._clients.send(client, protocol.CancelReply(num_cancelled))
 
-    def _abort(self, request: Request) -> None:
-        self._release(request)
-        self._finish(request, "abort")
+    def _abort(self, request: Request | Submission) -> bool:
+        if self._open.find(request.request_id) is not request:
+            return False  # named twice, or its client was found to be gone
+        if isinstance(request, Request):
+            self._release(request)
+            self._finish(request, "abort")
+        else:
+            self._close(request)
+            nothing = protocol.Finished(request.request_id, "", b"", [], "abort", None, 0, 0, 0)
+            self._clients.send(request.client, nothing)
+        return True
 
     def _finish(self, request: Request, finish_reason: str) -> None:
-        self._requests.pop(request.request_id, None)
-        self._num_finished += 1
+        self._close(request)
+        self._fresh.pop(request, None)  # the last message has it all
         if not self._clients.send(request.client, request.take_finished(finish_reason)):
             self._drop_client(request.client)
 
+    def _look_for_the_gone(self) -> None:
+        """Notice clients that ended without a word and wait for no delta either.
+
+        A broken connection says that somebody is gone, not who: that is found by sending to
+        everyone who waits for something.
+        """
+        if self._clients.take_disconnects() and self._gone_check_at_s is None:
+            self._gone_check_at_s = time.monotonic() + _GONE_CHECK_DELAY_S
+        if self._gone_check_at_s is None or time.monotonic() < self._gone_check_at_s:
+            return
+        self._gone_check_at_s = None
+        for client in self._open.clients():
+            if not self._clients.send(client, take_deltas(())):
+                self._drop_client(client)
+
     def _drop_client(self, client: bytes) -> None:
         """A client is gone, or reads nothing: its requests leave the pipeline."""
-        gone = [request for request in self._requests.values() if request.client == client]
+        gone = self._open.of_client(client)
         for request in gone:
-            del self._requests[request.request_id]
-            self._release(request)
+            self._close(request)
+            if isinstance(request, Request):
+                self._fresh.pop(request, None)
+                self._release(request)
         if gone:
             logger.info("a client is gone; %d of its requests end", len(gone))
 
     def _refuse(self, client: bytes, request_id: str, error: EmberError) -> None:
         self._clients.send(client, protocol.RequestFailed(request_id, error.to_wire()))
 
-    def _fail(self, request: Request, error: EmberError) -> None:
-        self._requests.pop(request.request_id, None)
+    def _fail(self, request: Request | Submission, error: EmberError) -> None:
+        if isinstance(request, Request) and request in self._fresh:
+            self._send_deltas()
+        self._close(request)
         self._refuse(request.client, request.request_id, error)
 
     def _fail_all(self, error: EmberError) -> None:
         """Tell every client; by the class of the error, that it is not the request's own fault."""
         if not isinstance(error, UnavailableError | TransportError | StageError):
             error = PipelineError(str(error))
-        for request in list(self._requests.values()):
+        for request in self._open:
             self._fail(request, error)
 
     # status
@@ -271,8 +350,9 @@ class Coordinator:
                 "dtype": self._config.model.dtype,
                 "max_model_len": self._preparation.max_model_len,
             },
-            "open_requests": len(self._requests),
+            "open_requests": len(self._open),
             "finished_requests": self._num_finished,
+            "num_output_tokens": self._num_output_tokens,
             "num_plans": sum(pipeline.num_plans for pipeline in self._pipelines),
             "max_in_flight": self._preparation.max_in_flight,
             "replicas": len(self._pipelines),
@@ -301,16 +381,36 @@ def serve(
         raise AssertionError("serve needs coordinator.address")
     started_s = time.monotonic()
     clients = RouterSocket(address, max_message_bytes=config.coordinator.max_message_bytes)
+    clients.watch_disconnects()
     try:
-        preparation = prepare(config)
-        with PrivateDirectory() as directory:
+        check_trace(config)
+        with contextlib.ExitStack() as stack:
+            metrics = _open_metrics(config, stack)
+            preparation = prepare(config)
+            trace = TraceOutput(config, preparation) if config.trace.is_on else None
+            directory = stack.enter_context(PrivateDirectory())
             pipelines = [
-                Pipeline(replica, config, preparation, directory, launcher or LocalLauncher())
+                Pipeline(
+                    *(replica, config, preparation, directory, launcher or LocalLauncher()),
+                    trace=None if trace is None else trace.logs[replica],
+                )
                 for replica in range(config.pipeline.replicas)
             ]
-            coordinator = Coordinator(config, preparation, clients, pipelines)
+            if trace is not None:
+                stack.callback(trace.write)
+            coordinator = Coordinator(config, preparation, clients, pipelines, metrics)
             announce(f"listening at {address}, loading")
             coordinator.run(stop, announce)
     finally:
         clients.close()
         logger.info("served for %.1f s", time.monotonic() - started_s)
+
+
+def _open_metrics(config: Config, stack: contextlib.ExitStack) -> MetricsServer | None:
+    if config.metrics.port is None:
+        return None
+    metrics = MetricsServer(config.metrics.port)
+    stack.callback(metrics.close)
+    sys.stderr.write(f"metrics: {metrics.url}\n")
+    sys.stderr.flush()
+    return metrics

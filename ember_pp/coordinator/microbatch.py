@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 
 from ember_pp.coordinator.plan import Plan
@@ -24,7 +23,7 @@ class Microbatch:
     def __init__(self, index: int) -> None:
         self.index = index
         self.num_sequences = 0
-        """Sequences that are planned here, wherever they are in the lists below."""
+        """Sequences that decode here, in the roster or ``joining``."""
         self.num_needing_host = 0
         """Of these, those that cannot be planned ahead of the host."""
         self.num_in_flight = 0
@@ -33,8 +32,6 @@ class Microbatch:
         """Number of the newest plan."""
         self.roster: list[Sequence] = []
         """Decode rows. Plans in flight share this list: replaced when it changes."""
-        self.prefilling: list[Sequence] = []
-        """Sequences with known tokens to compute, in order of arrival."""
         self.joining: list[Sequence] = []
         """Sequences that decode, but are not in the roster yet, or for a while."""
         self.leaving: dict[int, None] = {}
@@ -42,6 +39,8 @@ class Microbatch:
         self.released: list[int] = []
         self.step = 0
         """Plans made so far: each one moves every roster row on by one token."""
+        self._sum_of_offsets = 0
+        """``step_offset`` of all that are in the roster, together."""
         self._due: dict[int, list[Sequence]] = {}
 
     # ---------------------------------------------------------------- who is here
@@ -50,27 +49,23 @@ class Microbatch:
         """All ``num_sequences`` sequences of this micro-batch."""
         yield from (row for row in self.roster if row.roster_id == self.index)
         yield from self.joining
-        yield from self.prefilling
 
     def joinable(self, num_returned: int) -> list[Sequence]:
         """Those of ``joining`` that may be in the next plan, ``num_returned`` plans being back."""
         return [sequence for sequence in self.joining if sequence.joins_after < num_returned]
 
     def has_rows(self, num_returned: int) -> bool:
-        """True if there is something to compute for the sequences that are here."""
-        if self.prefilling or len(self.roster) > len(self.leaving):
+        """True if the next plan has a decode row."""
+        if len(self.roster) > len(self.leaving):
             return True
         return bool(self.joining and self.joinable(num_returned))
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence that was just admitted, or comes from another micro-batch."""
+        """A sequence whose prompt is planned to its end, or that comes from another micro-batch."""
         self.num_sequences += 1
         self.num_needing_host += sequence.needs_host
         sequence.microbatch_id = self.index
-        if sequence.status is SequenceStatus.DECODING:
-            self.joining.append(sequence)
-        else:
-            bisect.insort(self.prefilling, sequence, key=lambda other: other.arrival)
+        self.joining.append(sequence)
 
     def take_out(self, sequence: Sequence) -> None:
         """Plan a sequence here no more; it keeps its slot, and plans in flight keep its rows."""
@@ -78,10 +73,8 @@ class Microbatch:
         self.num_needing_host -= sequence.needs_host
         if sequence.roster_id == self.index:
             self._leave_roster(sequence)
-        elif sequence.status is SequenceStatus.DECODING:
-            self.joining.remove(sequence)
         else:
-            self.prefilling.remove(sequence)
+            self.joining.remove(sequence)
         if self.num_sequences == 0:  # `leaving` tells the stages; keep no one alive till then
             self.roster = []
             self._due.clear()
@@ -95,6 +88,7 @@ class Microbatch:
 
     def _leave_roster(self, sequence: Sequence) -> None:
         sequence.num_prefilled_tokens = self.num_planned_tokens(sequence)
+        self._sum_of_offsets -= sequence.step_offset
         sequence.last_plan = self.last_plan
         sequence.roster_id = -1
         self.leaving[sequence.slot] = None
@@ -106,6 +100,11 @@ class Microbatch:
         if sequence.roster_id == self.index:
             return self.step + sequence.step_offset
         return sequence.num_prefilled_tokens
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens that the roster rows of the plan being made attend to, their own included."""
+        return len(self.roster) * (self.step + 1) + self._sum_of_offsets
 
     def last_plan_of(self, sequence: Sequence) -> int:
         """Number of the newest plan that has a row of the sequence; -1 if none has."""
@@ -144,6 +143,7 @@ class Microbatch:
         self.joining = [row for row in self.joining if row.joins_after >= num_returned]
         for sequence in joined:
             sequence.step_offset = sequence.num_prefilled_tokens - self.step
+            self._sum_of_offsets += sequence.step_offset
             sequence.roster_id = self.index
 
     def issue(self, plan: Plan) -> None:
@@ -156,9 +156,8 @@ class Microbatch:
             sequence = chunk.sequence
             sequence.last_plan = plan.number
             if chunk.samples:
-                self.prefilling.remove(sequence)
                 sequence.status = SequenceStatus.DECODING
-                self.joining.append(sequence)
+                self.add(sequence)
 
     # Rows are looked at only in the step in which something is due for them, so that a plan
     # of an unchanged roster costs the same at 1 and at 512 rows. An entry whose sequence has

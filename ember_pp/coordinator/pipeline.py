@@ -18,6 +18,7 @@ from ember_pp.coordinator.preparation import Preparation
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.supervisor import EPOCH, StageState, Supervisor
+from ember_pp.coordinator.trace import TraceLog
 from ember_pp.errors import ConfigError, ProtocolError
 from ember_pp.sockets import PrivateDirectory, RouterSocket
 
@@ -38,6 +39,7 @@ class Pipeline:
         preparation: the checked model and layout.
         directory: where the socket of the stages is bound.
         launcher: starts the stage processes.
+        trace: takes the times of every plan; None: nobody asks for them.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Pipeline:
         preparation: Preparation,
         directory: PrivateDirectory,
         launcher: Launcher,
+        trace: TraceLog | None = None,
     ) -> None:
         self.replica = replica
         self._config = config
@@ -59,6 +62,7 @@ class Pipeline:
         """None until every stage takes plans."""
         self.num_plans = 0
         self._record: BinaryIO | None = None
+        self._trace = trace
 
     @property
     def load_tokens(self) -> int:
@@ -82,6 +86,8 @@ class Pipeline:
                 raise ProtocolError(f"from {identity.decode(errors='replace')}: {message}")
             if isinstance(message, protocol.Sampled):
                 yield from self._on_sampled(message)
+            elif isinstance(message, protocol.StageTrace):
+                self._on_trace(message)
             else:
                 self.supervisor.handle(identity, message)
 
@@ -93,12 +99,17 @@ class Pipeline:
             packed = protocol.encode(plan_to_execute(plan, EPOCH, self._config.debug.tap))
             if self._record is not None:
                 self._record.write(len(packed).to_bytes(4, "little") + packed)
+            if self._trace is not None:
+                self._trace.issue(plan, EPOCH)
             self.supervisor.send_to_all(packed)
             self.num_plans += 1
 
     def stop(self, reason: str) -> None:
         """End the stages and close what is open."""
         self.supervisor.stop(reason)
+        for _, message in [*self.supervisor.unread, *self.stage_socket.receive_all()]:
+            if isinstance(message, protocol.StageTrace):  # sent at the very end
+                self._on_trace(message)
         self.stage_socket.close(linger_ms=0)
         if self._record is not None:
             self._record.close()
@@ -113,7 +124,7 @@ class Pipeline:
         return {"counts": counts, "stages": stages, "edges": dict(self.supervisor.edges)}
 
     def _open_scheduler(self) -> None:
-        config = self._config
+        config, plan_cost = self._config, self._preparation.plan_cost
         self.scheduler = Scheduler(
             num_blocks=self.supervisor.num_blocks,
             block_size=config.cache.block_size,
@@ -126,6 +137,7 @@ class Pipeline:
             num_microbatches=self._preparation.num_microbatches,
             run_ahead=config.pipeline.run_ahead,
             policy=POLICIES[config.scheduler.policy],
+            plan_time_s=None if plan_cost is None else plan_cost.time_s,
         )
         if config.debug.record is not None:
             suffix = f".{self.replica}" if config.pipeline.replicas > 1 else ""
@@ -139,6 +151,8 @@ class Pipeline:
     def _on_sampled(self, sampled: protocol.Sampled) -> Iterator[Drawn]:
         if sampled.epoch != EPOCH or self.scheduler is None:
             return
+        if self._trace is not None:
+            self._trace.returned(sampled.plan, sampled.epoch)
         token_ids = protocol.unpack_i32(sampled.token_ids)
         logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
         oldest = self.scheduler.in_flight.oldest
@@ -146,6 +160,10 @@ class Pipeline:
             logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
         for sequence, token_id in self.scheduler.complete(sampled.plan, token_ids):
             yield sequence, token_id, logprobs.get(sequence)
+
+    def _on_trace(self, trace: protocol.StageTrace) -> None:
+        if self._trace is not None:
+            self._trace.add(trace)
 
 
 def _stage_status(stage: StageState, replica: int, num_blocks: int) -> dict[str, Any]:
@@ -164,17 +182,24 @@ def _stage_status(stage: StageState, replica: int, num_blocks: int) -> dict[str,
         status["weight_bytes"] = stage.ready.weight_bytes
         status["kv_bytes"] = stage.ready.block_bytes * num_blocks
     if stage.stats is not None:
-        stats = stage.stats
-        total_ns = stats.busy_ns + stats.wait_input_ns + stats.wait_output_ns
-        status |= {
-            "plan": stats.plan,
-            "busy_ns": stats.busy_ns,
-            "wait_input_ns": stats.wait_input_ns,
-            "wait_output_ns": stats.wait_output_ns,
-            "busy_fraction": stats.busy_ns / total_ns if total_ns else 0.0,
-            "wait_input_fraction": stats.wait_input_ns / total_ns if total_ns else 0.0,
-            "wait_output_fraction": stats.wait_output_ns / total_ns if total_ns else 0.0,
-            "waiting_for": stats.waiting_for,
-            "peak_bytes": stats.peak_bytes,
-        }
+        status |= _times_of(stage.stats)
     return status
+
+
+def _times_of(stats: protocol.StageStats) -> dict[str, Any]:
+    """Totals, and fractions of the time in which there was work."""
+    parts = {
+        "busy": stats.busy_ns,
+        "wait_input": stats.wait_input_ns,
+        "wait_output": stats.wait_output_ns,
+        "host_gap": stats.host_gap_ns,
+    }
+    total_ns = sum(parts.values())
+    return {
+        "plan": stats.plan,
+        **{f"{name}_ns": part_ns for name, part_ns in parts.items()},
+        "idle_ns": stats.idle_ns,
+        **{f"{name}_fraction": ns / total_ns if total_ns else 0.0 for name, ns in parts.items()},
+        "waiting_for": stats.waiting_for,
+        "peak_bytes": stats.peak_bytes,
+    }

@@ -45,6 +45,8 @@ class Plan:
     join: list[int] = dataclasses.field(default_factory=list)
     """Slots."""
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
+    num_context_tokens: int = 0
+    """Tokens that the decode rows attend to, and those that the chunks do, together."""
 
     @property
     def rows(self) -> list[Sequence]:
@@ -59,9 +61,14 @@ class Plan:
         return len(self.decodes) + sum(chunk.samples for chunk in self.chunks)
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the chunks."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that a stage computes: one per decode row, and those of the chunks."""
-        return len(self.decodes) + sum(len(chunk.token_ids) for chunk in self.chunks)
+        return len(self.decodes) + self.num_prefill_tokens
 
 
 def open_slot(sequence: Sequence) -> protocol.OpenSlot:

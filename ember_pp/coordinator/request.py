@@ -1,9 +1,13 @@
-"""The text side of one request: from drawn token ids to text, stops and messages."""
+"""The text side of one request: from drawn token ids to text, stops and messages.
+
+``on_token`` runs for every token of every request: it is written for time.
+"""
 
 from __future__ import annotations
 
 import array
 import dataclasses
+from collections.abc import Iterable
 
 from ember_pp import protocol
 from ember_pp.coordinator.sequence import Sequence
@@ -33,6 +37,13 @@ class Request:
     _text: list[str] = dataclasses.field(default_factory=list)
     _token_ids: array.array[int] = dataclasses.field(default_factory=lambda: array.array("i"))
     _logprobs: list[protocol.TokenLogprobs] = dataclasses.field(default_factory=list)
+    _ending_ids: frozenset[int] = dataclasses.field(init=False)
+    _num_prompt_tokens: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        eos_token_ids = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        self._ending_ids = eos_token_ids.union(self.params.stop_token_ids)
+        self._num_prompt_tokens = self.sequence.num_prompt_tokens
 
     def on_token(self, token_id: int, logprobs: protocol.TokenLogprobs | None) -> str | None:
         """Take the next drawn token; returns the finish reason if the answer ends with it.
@@ -44,27 +55,17 @@ class Request:
         self._token_ids.append(token_id)
         if logprobs is not None:
             self._logprobs.append(logprobs)
-        if token_id in self.params.stop_token_ids:
-            self.stop_reason = token_id
+        if token_id in self._ending_ids:
+            if token_id in self.params.stop_token_ids:
+                self.stop_reason = token_id
             return self._end_text("stop")
-        if token_id in self.eos_token_ids and not self.params.ignore_eos:
-            return self._end_text("stop")
-        if self.detokenizer is not None and self._add_text(self.detokenizer.push([token_id])):
-            return "stop"
-        if self.sequence.num_tokens >= self.sequence.max_total_tokens:
+        if self.detokenizer is not None:
+            text = self.detokenizer.push_one(token_id)
+            if text and self._add_text(text):
+                return "stop"
+        if self.num_output_tokens + self._num_prompt_tokens >= self.sequence.max_total_tokens:
             return self._end_text("length")
         return None
-
-    def take_delta(self) -> protocol.TokenDelta:
-        """What is new since the last delta."""
-        delta = protocol.TokenDelta(
-            self.request_id,
-            "".join(self._text),
-            protocol.pack_i32(self._token_ids),
-            self._logprobs,
-        )
-        self._clear()
-        return delta
 
     def take_finished(self, finish_reason: str) -> protocol.Finished:
         """The last message of this request, with what no delta has carried."""
@@ -88,8 +89,6 @@ class Request:
 
     def _add_text(self, text: str) -> bool:
         """Append text; True when a stop string completed in it."""
-        if not text:
-            return False
         if self.matcher is None:
             self._text.append(text)
             return False
@@ -109,3 +108,29 @@ class Request:
         if self.matcher is not None:
             self._text.append(self.matcher.flush())
         return finish_reason
+
+
+def take_deltas(requests: Iterable[Request]) -> protocol.TokenDeltas:
+    """What is new of these requests, which are of one client, since the last deltas."""
+    request_ids: list[str] = []
+    texts: list[str] = []
+    counts = array.array("I")
+    token_ids = array.array("i")
+    logprobs: list[protocol.TokenLogprobs | None] = []
+    for request in requests:
+        new_ids = request._token_ids
+        if request._logprobs:
+            logprobs += [None] * (len(token_ids) - len(logprobs))
+            logprobs += request._logprobs
+            request._logprobs = []
+        request_ids.append(request.request_id)
+        texts.append("".join(request._text))
+        counts.append(len(new_ids))
+        token_ids += new_ids
+        request._text.clear()
+        del new_ids[:]
+    if logprobs:
+        logprobs += [None] * (len(token_ids) - len(logprobs))
+    return protocol.TokenDeltas(
+        request_ids, texts, protocol.pack_u32(counts), protocol.pack_i32(token_ids), logprobs
+    )

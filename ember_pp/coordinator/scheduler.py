@@ -2,10 +2,14 @@
 
 Pure policy: no I/O, no clock, no randomness, so the same calls always make the same plans.
 
-*Micro-batches.* Sequences live in micro-batches, each with at most ``1 + run_ahead`` plans in
-flight; so a sequence is in at most that many. A sequence stays where it was admitted until it
-ends, is preempted, or is moved because its micro-batch has at least two more than another. It
-joins the other once its plans in flight are back.
+*Prompts.* All prompts are in one line, first come first served, and every plan takes chunks
+from its head: so one prompt may be in all plans in flight, and a long one flows through the
+stages like a stream of micro-batches.
+
+*Micro-batches.* Decoding sequences live in micro-batches, each with at most ``1 + run_ahead``
+plans in flight; so a sequence decodes in at most that many. It joins the micro-batch whose
+plan has the last chunk of its prompt, and stays there until it ends, is preempted, or is moved
+because its micro-batch has more than another. It joins the other once its plans are back.
 
 *Run-ahead.* A row is planned before the host has seen the token that it starts from: stage 0
 has it. So lengths are counted by what is planned, and a row that has planned all that its
@@ -14,8 +18,8 @@ the rows planned since, at most ``run_ahead``, are computed for nothing and thei
 Slot and blocks of a sequence that ended get a new owner only when the last plan that names it
 has come back, and only blocks whose tokens have all come back enter the prefix cache.
 
-*Balance.* How many sequences a micro-batch admits and how many prompt tokens a plan takes is
-for the ``policy`` to say.
+*Balance.* How many prompt tokens a plan takes, and how many sequences a micro-batch, is for the
+``policy`` to say.
 
 *Order.* Admission is strictly first come first served: nobody passes a request that waits for
 blocks. Blocks for all known tokens are given on admission, for output one by one.
@@ -33,7 +37,9 @@ of the roster it was in, and only when all plans with a row of it have come back
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Ordered
 
 from ember_pp.coordinator.block_manager import BlockManager
@@ -41,7 +47,7 @@ from ember_pp.coordinator.in_flight import InFlight
 from ember_pp.coordinator.limits import LengthLimits
 from ember_pp.coordinator.microbatch import Microbatch
 from ember_pp.coordinator.plan import Chunk, Plan, open_slot, plan_to_execute
-from ember_pp.coordinator.policy import POLICIES, Load, Policy
+from ember_pp.coordinator.policy import POLICIES, Load, PlanTime, Policy
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.coordinator.waiting_queue import WaitingQueue
 
@@ -72,6 +78,8 @@ class Scheduler:
         max_prompt_tokens: longest prompt; None: what ``max_model_len`` allows.
         prefix_caching: share the blocks of equal beginnings.
         policy: how full micro-batches and plans get.
+        plan_time_s: predicted time of a plan at the slowest stage, from (decode rows, prompt
+            tokens, context tokens); None: the policy goes by tokens.
     """
 
     def __init__(
@@ -88,8 +96,10 @@ class Scheduler:
         num_microbatches: int | None = None,
         run_ahead: int = 0,
         policy: Policy = POLICIES["balanced"],
+        plan_time_s: PlanTime | None = None,
     ) -> None:
         self.policy = policy
+        self._plan_time_s = plan_time_s
         self.max_in_flight = max_in_flight
         self.num_microbatches = num_microbatches or max_in_flight
         self.run_ahead = run_ahead
@@ -119,13 +129,12 @@ class Scheduler:
         )
         self._microbatches = [Microbatch(index) for index in range(self.num_microbatches)]
         self._turns = deque(self._microbatches)  # the one planned longest ago first
-        self._running: dict[int, Sequence] = {}  # by arrival
+        self._prefilling: list[Sequence] = []  # admitted, with known tokens to plan; by arrival
+        self._running: list[Sequence] = []  # by arrival
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
         self._retiring: dict[int, list[Sequence]] = {}  # ended in flight, by their last plan
         self._is_after_idle = True
         self._is_unbalanced = False
-        self._burst_tokens = 0
-        self._is_burst_stale = True
 
     # ---------------------------------------------------------------- requests
 
@@ -149,7 +158,6 @@ class Scheduler:
         sequence.max_total_tokens = self.limits.max_total_tokens(num_prompt_tokens, max_tokens)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
-        self._is_burst_stale = True
         self._is_after_idle = self._is_after_idle or not self.has_work
         self._waiting.add_new(sequence)
 
@@ -186,9 +194,7 @@ class Scheduler:
     @property
     def num_open_tokens(self) -> int:
         """Known tokens of all sequences that wait or run: what a router calls load."""
-        return self._waiting.num_tokens + sum(
-            sequence.num_tokens for sequence in self._running.values()
-        )
+        return self._waiting.num_tokens + sum(sequence.num_tokens for sequence in self._running)
 
     def stats(self) -> dict[str, int]:
         """Counts for ``status``; those of preemptions and tokens are totals since the start."""
@@ -210,7 +216,7 @@ class Scheduler:
         Everything that ran waits again in the order of arrival, to be recomputed; what ended
         in flight is gone. Plan numbers start at 0 again.
         """
-        running = sorted(self._running.values(), key=_arrival)
+        running = self._running
         self._start_pipeline()
         for sequence in running:
             sequence.leave_engine()
@@ -231,7 +237,7 @@ class Scheduler:
         for microbatch in self._turns:
             if microbatch.num_in_flight > self._run_ahead_of(microbatch):
                 continue
-            if not microbatch.num_sequences and not self._can_admit(microbatch):
+            if not microbatch.num_sequences and not self._has_prompt_for(microbatch):
                 continue
             num_preemptions = self._num_preemptions
             blocks = self._secure_blocks(microbatch)
@@ -240,7 +246,7 @@ class Scheduler:
                 return None
             may_admit = num_preemptions == self._num_preemptions
             has_rows = microbatch.has_rows(self.in_flight.num_returned)
-            if has_rows or (may_admit and self._can_admit(microbatch)):
+            if has_rows or self._has_prompt_for(microbatch, may_admit=may_admit):
                 self._give_turn(microbatch, is_next=False)
                 return self._make_plan(microbatch, blocks, may_admit=may_admit)
         return None
@@ -255,12 +261,13 @@ class Scheduler:
         else:
             self._turns.append(microbatch)
 
-    def complete(self, plan_number: int, token_ids: Ordered[int]) -> list[tuple[Sequence, int]]:
+    def complete(self, plan_number: int, token_ids: Ordered[int]) -> Iterable[tuple[Sequence, int]]:
         """Take the tokens of a plan that came back; those of live sequences, in row order.
 
         ``token_ids`` are those of ``Sampled``, one per row of ``in_flight.oldest.rows``. The
         caller decides which sequences end, and calls ``finish`` for each before it asks for
-        the next plan: always for one that has grown to its ``max_total_tokens``.
+        the next plan: always for one that has grown to its ``max_total_tokens``. The sequences
+        have their tokens already; what is returned can be gone through once.
 
         Raises:
             ProtocolError: not the plan that is due, or not its number of token ids; nothing
@@ -268,15 +275,17 @@ class Scheduler:
         """
         plan = self.in_flight.complete(plan_number, len(token_ids))
         self._microbatches[plan.microbatch_id].num_in_flight -= 1
-        sampled = list(zip(plan.rows, token_ids, strict=True))
+        rows = plan.rows
         if self._retiring:
-            sampled = [(sequence, token) for sequence, token in sampled if not sequence.is_dropped]
-        for sequence, token in sampled:
+            alive = [pair for pair in zip(rows, token_ids, strict=True) if not pair[0].is_dropped]
+            rows, token_ids = [row for row, _ in alive], [token for _, token in alive]
+        # Pairs that are kept would cost as much again, and at thousands of rows more than that.
+        for sequence, token in zip(rows, token_ids, strict=True):
             sequence.output_ids.append(token)
         for sequence in self._retiring.pop(plan_number, ()):
             self._release(sequence)
             sequence.end()
-        return sampled
+        return zip(rows, token_ids, strict=True)
 
     def _make_plan(self, microbatch: Microbatch, blocks: list[int], *, may_admit: bool) -> Plan:
         """A plan of all decode rows and of as many chunks as balance and budget allow."""
@@ -287,6 +296,7 @@ class Scheduler:
         self._free_slots += freed
         for sequence in joined:
             self._set_due(microbatch, sequence)
+        plan.num_context_tokens = microbatch.num_context_tokens
         self._fill_chunks(microbatch, plan, may_admit=may_admit)
         assert plan.decodes or plan.chunks, "a plan without rows"
         # Only now: a plan must not read blocks that the same plan writes.
@@ -295,8 +305,10 @@ class Scheduler:
         plan.after_idle, self._is_after_idle = self._is_after_idle, False
         microbatch.issue(plan)
         for chunk in plan.chunks:
-            if chunk.samples and self._is_planned_to_its_end(microbatch, chunk.sequence):
-                self._drain(chunk.sequence)
+            if chunk.samples:
+                self._prefilling.remove(chunk.sequence)
+                if self._is_planned_to_its_end(microbatch, chunk.sequence):
+                    self._drain(chunk.sequence)
         self.in_flight.add(plan)
         return plan
 
@@ -313,13 +325,14 @@ class Scheduler:
         if not due and not joining:
             return []
         given: list[int] = []
+        victims = self._preemptible()
         # Oldest first: who gets a block here is older than any victim that comes after it.
         for sequence in sorted((*due, *joining), key=_arrival):
             if not self._needs_block(sequence, microbatch):
                 continue
             num_known = min(sequence.num_tokens, microbatch.num_planned_tokens(sequence))
             self._blocks.publish(sequence, num_known)
-            block = self._append_or_preempt(sequence)
+            block = self._append_or_preempt(sequence, victims)
             if block is not None:
                 given += (sequence.slot, block)
                 if sequence.roster_id == microbatch.index:
@@ -350,27 +363,28 @@ class Scheduler:
         num_held = len(sequence.block_table) * self._block_size
         return microbatch.num_planned_tokens(sequence) == num_held
 
-    def _append_or_preempt(self, sequence: Sequence) -> int | None:
-        """A block for ``sequence``; None if there is none, and no one younger to preempt."""
+    def _append_or_preempt(self, sequence: Sequence, victims: Iterator[Sequence]) -> int | None:
+        """A block for ``sequence``; None if there is none, and no one younger to preempt.
+
+        All rows of a plan share ``victims``: who could not be preempted for one cannot be for
+        the next, which is younger.
+        """
         while (block := self._blocks.append(sequence)) is None:
-            victims = [
-                other
-                for other in self._running.values()
-                if other.arrival > sequence.arrival and self._is_preemptible(other)
-            ]
-            if not victims:
+            victim = next(victims, None)
+            if victim is None or victim.arrival <= sequence.arrival:
                 return None
-            self._preempt(max(victims, key=_arrival))
+            self._preempt(victim)
         return block
 
-    def _is_preemptible(self, sequence: Sequence) -> bool:
-        return not (self._is_ending(sequence) or self._is_in_flight(sequence))
+    def _preemptible(self) -> Iterator[Sequence]:
+        """Running sequences that can give up their blocks now, the youngest first."""
+        for sequence in reversed(tuple(self._running)):
+            if not (self._is_ending(sequence) or self._is_in_flight(sequence)):
+                yield sequence
 
     def _is_oldest(self, sequence: Sequence) -> bool:
-        return not any(
-            other.arrival < sequence.arrival and not self._is_ending(other)
-            for other in self._running.values()
-        )
+        oldest = next((other for other in self._running if not self._is_ending(other)), None)
+        return oldest is sequence
 
     def _is_ending(self, sequence: Sequence) -> bool:
         """True if nothing is to be planned for a running sequence any more."""
@@ -387,67 +401,94 @@ class Scheduler:
         microbatch.set_due(sequence, last - microbatch.num_planned_tokens(sequence))
 
     def _is_in_flight(self, sequence: Sequence) -> bool:
+        if sequence.status is SequenceStatus.PREFILLING:
+            return sequence.last_plan >= self.in_flight.num_returned
         microbatch = self._microbatches[sequence.microbatch_id]
         return microbatch.last_plan_of(sequence) >= self.in_flight.num_returned
 
     # ---------------------------------------------------------------- chunks and admission
 
     def _fill_chunks(self, microbatch: Microbatch, plan: Plan, *, may_admit: bool) -> None:
-        """Chunks of what is being prefilled here, then of what can be admitted."""
-        if not microbatch.prefilling and not (may_admit and self._can_admit(microbatch)):
+        """Chunks of the prompts that were begun, then of what can be admitted."""
+        num_places = self._num_places(microbatch)
+        may_admit = may_admit and num_places > 0 and self._can_admit(microbatch)
+        if not (self._prefilling or may_admit):
             return
-        num_decodes = len(plan.decodes)
-        room = min(
-            self.policy.prefill_tokens(self._load(num_decodes)),
-            self.max_tokens_per_plan - num_decodes,
-        )
-        for sequence in microbatch.prefilling:
-            room -= self._add_chunk(plan, sequence, room)
-        while room and may_admit and self._can_admit(microbatch):
-            room -= self._add_chunk(plan, self._admit(microbatch, plan), room)
+        room = max(1, self.policy.prefill_tokens(self._load(microbatch, plan)))
+        room = min(room, self.max_tokens_per_plan - microbatch.num_sequences)
+        for sequence in self._prefilling:
+            if room:
+                room -= self._add_chunk(plan, sequence, room, may_end=num_places > 0)
+                num_places -= sequence.num_prefilled_tokens == sequence.num_tokens
+        while room and num_places > 0 and may_admit and self._can_admit(microbatch):
+            sequence = self._admit(microbatch, plan)
+            room -= self._add_chunk(plan, sequence, room, may_end=True)
+            num_places -= sequence.num_prefilled_tokens == sequence.num_tokens
 
-    def _load(self, num_decodes: int) -> Load:
-        backlog = [
-            sequence.num_tokens - sequence.num_prefilled_tokens
-            for microbatch in self._microbatches
-            for sequence in microbatch.prefilling
-            if sequence.num_tokens > sequence.num_prefilled_tokens
-        ]
-        backlog_tokens = sum(backlog) + self._waiting.num_tokens
-        if self._is_burst_stale:
-            self._burst_tokens = backlog_tokens
-            self._is_burst_stale = False
+    def _has_prompt_for(self, microbatch: Microbatch, *, may_admit: bool = True) -> bool:
+        """True if its next plan can take a prompt to its end."""
+        if self._num_places(microbatch) < 1:
+            return False
+        return bool(self._prefilling) or (may_admit and self._can_admit(microbatch))
+
+    def _num_places(self, microbatch: Microbatch) -> int:
+        """Prompts that may end in its next plan, and decode there from then on.
+
+        Never so many that a plan could not hold their rows.
+        """
+        num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
+        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
+        return min(share, self.max_tokens_per_plan) - microbatch.num_sequences
+
+    def _load(self, microbatch: Microbatch, plan: Plan) -> Load:
+        backlog_tokens = self._num_admissible_tokens()
+        for sequence in self._prefilling:
+            backlog_tokens += sequence.num_tokens - sequence.num_prefilled_tokens
+        first = self._prefilling[0] if self._prefilling else None
         return Load(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_prompts=len(backlog) + len(self._waiting),
+            num_decodes=len(plan.decodes),
+            num_context_tokens=plan.num_context_tokens,
+            num_decoding=sum(other.num_sequences for other in self._microbatches),
+            num_decoding_context_tokens=sum(o.num_context_tokens for o in self._microbatches),
             backlog_tokens=backlog_tokens,
-            burst_tokens=self._burst_tokens,
+            num_begun_tokens=first.num_prefilled_tokens if first is not None else 0,
             num_microbatches=self.num_microbatches,
             max_tokens_per_plan=self.max_tokens_per_plan,
-            num_decodes=num_decodes,
+            plan_time_s=self._plan_time_s,
         )
 
-    def _add_chunk(self, plan: Plan, sequence: Sequence, room: int) -> int:
-        """Plan the next tokens of a prefill, at most ``room``; how many they are."""
+    def _num_admissible_tokens(self) -> int:
+        """About how many of the waiting tokens have a slot and blocks to go to by now."""
+        num_waiting, num_slots = len(self._waiting), self.max_sequences - len(self._running)
+        if not num_waiting:
+            return 0
+        num_tokens = self._waiting.num_tokens * min(num_slots, num_waiting) // num_waiting
+        return min(num_tokens, self._blocks.num_free * self._block_size)
+
+    def _add_chunk(self, plan: Plan, sequence: Sequence, room: int, *, may_end: bool) -> int:
+        """Plan the next tokens of a prompt, at most ``room``; how many they are.
+
+        Where it may not end, its last token is left for a plan of another micro-batch.
+        """
         start = sequence.num_prefilled_tokens
         end = min(sequence.num_tokens, start + room)
+        samples = end == sequence.num_tokens
+        if samples and not may_end:
+            end, samples = end - 1, False
         if end > start:
             token_ids = sequence.token_ids(start, end)
-            samples = end == sequence.num_tokens
             plan.chunks.append(Chunk(sequence, sequence.slot, start, token_ids, samples))
+            plan.num_context_tokens += end
             sequence.num_prefilled_tokens = end
         return end - start
 
     def _can_admit(self, microbatch: Microbatch) -> bool:
-        """True if the head of the queue may start in this micro-batch now."""
+        """True if the head of the queue can be given a slot, by a plan of ``microbatch``."""
         head = self._waiting.head
         if head is None or not (self._free_slots or microbatch.released):
             return False
-        num_wanted = min(len(self._running) + len(self._waiting), self.max_sequences)
-        share = self.policy.sequence_share(num_wanted, self.num_microbatches)
-        # No more rows than tokens, or a chunk could be left without room for ever.
-        if microbatch.num_sequences >= min(share, self.max_tokens_per_plan):
+        # No more rows than tokens, or a prompt could be left without room for ever.
+        if len(self._running) >= self.num_microbatches * self.max_tokens_per_plan:
             return False
         # A block for each one that runs, or the next ones to need one would preempt this one.
         return self._blocks.can_allocate(head, headroom=len(self._running))
@@ -465,9 +506,8 @@ class Scheduler:
             self._num_prompt_tokens += sequence.num_prompt_tokens
             self._num_prefix_hit_tokens += sequence.num_cached_tokens
         sequence.num_admissions += 1
-        microbatch.add(sequence)
-        self._running[sequence.arrival] = sequence
-        self._is_unbalanced = True
+        bisect.insort(self._prefilling, sequence, key=_arrival)
+        bisect.insort(self._running, sequence, key=_arrival)
         plan.open.append(open_slot(sequence))
         for block in sequence.block_table:
             plan.blocks += (sequence.slot, block)
@@ -477,7 +517,9 @@ class Scheduler:
 
     def _unplan(self, sequence: Sequence) -> None:
         """Have a running sequence in no plan any more; it keeps its slot and its blocks."""
-        if sequence.status is not SequenceStatus.DRAINING:
+        if sequence.status is SequenceStatus.PREFILLING:
+            self._prefilling.remove(sequence)
+        elif sequence.status is SequenceStatus.DECODING:
             self._microbatches[sequence.microbatch_id].take_out(sequence)
             self._is_unbalanced = True
 
@@ -488,14 +530,14 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Take back slot and blocks of a sequence that is unplanned and not in flight."""
-        microbatch = self._microbatches[sequence.microbatch_id]
+        microbatch = self._microbatches[sequence.microbatch_id]  # the last one if it had none
         has_left = sequence.slot not in microbatch.leaving
         (self._free_slots if has_left else microbatch.released).append(sequence.slot)
         # Past a stop more is stored than is known: of that, nothing is published.
         num_known = min(sequence.num_tokens, sequence.num_prefilled_tokens)
         self._blocks.publish(sequence, num_known)
         self._blocks.free(sequence)
-        del self._running[sequence.arrival]
+        del self._running[bisect.bisect_left(self._running, sequence.arrival, key=_arrival)]
         sequence.leave_engine()
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -504,7 +546,6 @@ class Scheduler:
         self._release(sequence)
         self._waiting.add_preempted(sequence)
         self._num_preemptions += 1
-        self._is_burst_stale = True
 
     def _balance(self, microbatch: Microbatch) -> None:
         """Hand sequences to micro-batches that have ``policy.max_difference`` less.
@@ -521,30 +562,19 @@ class Scheduler:
             if microbatch.num_sequences - smallest.num_sequences < max_difference:
                 break
             sequence = self._choose_to_move(microbatch)
-            if sequence is None:
-                return
             microbatch.take_out(sequence)
             sequence.joins_after = sequence.last_plan
             smallest.add(sequence)
         largest = max(other.num_sequences for other in self._microbatches)
         self._is_unbalanced = largest - smallest.num_sequences >= max_difference
 
-    def _choose_to_move(self, microbatch: Microbatch) -> Sequence | None:
-        """The youngest; before it one that waits to join, so that who stays can be planned.
-
-        None if all are prompts in flight: those move once they decode.
-        """
+    def _choose_to_move(self, microbatch: Microbatch) -> Sequence:
+        """The youngest; before it one that waits to join, so that who stays can be planned."""
         num_returned = self.in_flight.num_returned
-        movable = [
-            sequence
-            for sequence in microbatch.live_sequences()
-            if sequence.status is SequenceStatus.DECODING or not self._is_in_flight(sequence)
-        ]
         return max(
-            movable,
+            microbatch.live_sequences(),
             key=lambda sequence: (
                 sequence.roster_id < 0 and sequence.joins_after >= num_returned,
                 sequence.arrival,
             ),
-            default=None,
         )

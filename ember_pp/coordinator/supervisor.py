@@ -113,6 +113,8 @@ class Supervisor:
         self._edges_to_report: set[tuple[str, int]] = set()
         self.edges: dict[str, str] = {}
         """Path of each edge that passed its probe, e.g. ``{"0->1": "host_shm"}``."""
+        self.unread: list[tuple[bytes, protocol.Message | ProtocolError]] = []
+        """What stages had sent when one was found dead, and nobody has looked at yet."""
         self.num_blocks = 0
         """KV blocks that every stage holds; known once all stages are loaded."""
         self.stages: list[StageState] = []
@@ -321,6 +323,7 @@ class Supervisor:
         for identity, message in self._router.receive_all():
             if identity == stage.identity and isinstance(message, protocol.StageFailed):
                 return failure_of(stage, message)
+            self.unread.append((identity, message))
         if status is None:
             how = "cannot be reached"
         else:

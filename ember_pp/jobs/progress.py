@@ -185,23 +185,34 @@ def closing_table(
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A row per stage: device, layers ``[start, end)``, memory in MB (10**6 bytes), busy share."""
-    header = ("stage", "device", "layers", "weights MB", "KV MB", "peak MB", "busy", "waiting")
+    """A row per stage: device, layers ``[start, end)``, memory in MB (10**6 bytes), and where its
+    time went while there was work."""
+    sizes = ("weights MB", "KV MB", "peak MB")
+    header = ("stage", "device", "layers", *sizes, "busy", "no input", "no slot", "no plan")
     rows = [header, *(_stage_row(stage) for stage in stages)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
 
 def _stage_row(stage: Mapping[str, Any]) -> tuple[str, ...]:
-    busy = stage.get("busy_fraction")
+    shares = (
+        stage.get(f"{state}_fraction")
+        for state in ("busy", "wait_input", "wait_output", "host_gap")
+    )
     return (
         str(stage.get("stage_index", "?")),
         str(stage.get("device", "?")),
-        f"{stage.get('start_layer', '?')}-{stage.get('end_layer', '?')}",
+        _layers(stage),
         *(_megabytes(stage.get(key)) for key in ("weight_bytes", "kv_bytes", "peak_bytes")),
-        "-" if busy is None else f"{busy:.0%}",
-        "-" if busy is None else f"{1 - busy:.0%}",
+        *("-" if share is None else f"{share:.1%}" for share in shares),
     )
+
+
+def _layers(stage: Mapping[str, Any]) -> str:
+    start, end = stage.get("start_layer"), stage.get("end_layer")
+    if start is None or end is None:
+        return "?"
+    return f"{start}-{end - 1}" if end > start else "none"
 
 
 def _megabytes(num_bytes: int | None) -> str:

@@ -16,7 +16,7 @@ from ember_pp import config as configuration
 from ember_pp.client import Client
 from ember_pp.config import Config
 from ember_pp.coordinator.launcher import child_environment
-from ember_pp.errors import EmberError, from_wire
+from ember_pp.errors import ConfigError, EmberError, from_wire
 from ember_pp.sockets import PrivateDirectory
 
 _KILL_AFTER_S = 3.0  # beyond coordinator.shutdown_grace_s, in which it ends its stages
@@ -82,9 +82,11 @@ def open_client(config: Config) -> Iterator[Client]:
     Call from the main thread: the coordinator ends with the thread that started it.
 
     Raises:
+        ConfigError: the coordinator runs already, and cannot do what only its start decides.
         EmberError: the coordinator ended; the error is the one that ended it.
     """
     if config.coordinator.address is not None:
+        _check_runs_with(config, config.coordinator.address)
         with Client(config.coordinator.address) as client:
             client.status()  # a wrong address is known now, not at the first answer
             yield client
@@ -97,3 +99,18 @@ def open_client(config: Config) -> Iterator[Client]:
                 yield client
         finally:
             process.stop()
+
+
+def _check_runs_with(config: Config, address: str) -> None:
+    """Refuse what would silently not happen."""
+    asked = {
+        "trace.output": config.trace.output,
+        "trace.picture": config.trace.picture,
+        "metrics.port": config.metrics.port,
+    }
+    for key, value in asked.items():
+        if value is not None:
+            raise ConfigError(
+                f"{key}: the coordinator at {address} runs already; set this where job=serve "
+                "starts it"
+            )

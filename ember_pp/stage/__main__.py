@@ -88,6 +88,8 @@ class StageControl:
             if self._send_posted():
                 return EXIT_FAILED
             if isinstance(message, Shutdown):
+                self._stop_worker()
+                self._send_trace()
                 return EXIT_OK
             if isinstance(message, StageConfig):
                 level = str(message.config.get("log_level", "warning")).upper()
@@ -115,7 +117,18 @@ class StageControl:
             self._last_stats = stats
         self._next_stats_s = now_s + _STATS_PERIOD_S
 
+    def _send_trace(self) -> None:
+        """What the worker recorded last; nothing if no trace is wanted, or if it still works."""
+        if self._worker is None or self._thread.is_alive():
+            return
+        trace = self._worker.take_trace()
+        if trace is not None:
+            self._socket.send(trace)
+            self._socket.flush()
+
     def _stop_worker(self) -> None:
+        if self._is_stopping:
+            return
         self._is_stopping = True
         self._inbox.put(None)
         if self._worker is not None:

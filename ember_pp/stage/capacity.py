@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ember_pp.devices import cpu_name
+from ember_pp.memory_model import kv_budget_bytes
+
 _GIB = 1024**3
 _CPU_SHARE = 0.25
-_CUDA_SHARE = 0.9
+_ANY_NUMBER = 2**31 - 1
 
 
 def host_facts() -> dict[str, Any]:
@@ -17,7 +19,7 @@ def host_facts() -> dict[str, Any]:
     memory = _meminfo()
     limits = [limit for limit, _ in _cgroup_memory()]
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "kind": "cpu",
         "total_bytes": min([memory["MemTotal"], *limits]),
         "free_bytes": available_bytes(),
@@ -36,12 +38,15 @@ def num_cpu_blocks(
     """KV blocks of a CPU stage: what the setting says, else a share of the free memory.
 
     Args:
-        block_bytes: bytes of one block on this stage.
+        block_bytes: bytes of one block on this stage; 0 on one that has no layers, which takes
+            any number.
         memory_gib: ``cache.memory_gib``; None takes a quarter of what is available, divided
             by the stages, since all of them are likely to share the machine.
-        num_stages: stages of the pipeline.
+        num_stages: stages of all replicas.
         most_blocks: what all sequences at full length need; more is not taken unasked.
     """
+    if block_bytes == 0:
+        return most_blocks
     if memory_gib is not None:
         return int(memory_gib * _GIB) // block_bytes
     share = int(available_bytes() * _CPU_SHARE) // num_stages
@@ -63,11 +68,12 @@ def num_cuda_blocks(
     ``free_bytes`` is measured with this stage's weights loaded. Stages that share a device may
     not have loaded theirs yet, so each takes no more than its part of the whole card.
     """
+    if block_bytes == 0:
+        return _ANY_NUMBER
     if memory_gib is not None:
         return int(memory_gib * _GIB) // block_bytes
     part = total_bytes // num_stages_on_device - weight_bytes
-    budget = int(_CUDA_SHARE * min(free_bytes, part)) - activation_bytes
-    return max(0, budget) // block_bytes
+    return max(0, kv_budget_bytes(min(free_bytes, part), activation_bytes)) // block_bytes
 
 
 def _meminfo() -> dict[str, int]:
@@ -96,10 +102,3 @@ def _cgroup_memory() -> Iterator[tuple[int, int]]:
         except OSError:
             pass  # the root has no limit; a namespace may hide the path
         group = group.parent
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

@@ -60,6 +60,27 @@ class BatchInputs:
     """Index in the sequence of the token to be drawn: the row's context length."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Step:
+    """Inputs of a plan of roster rows alone, from which those of the next one follow."""
+
+    context_lens: Tensor  # [R] int64
+    context_lens_i32: Tensor  # [R] int32
+    slot_mapping: Tensor  # [R] int64
+    block_tables: Tensor  # [R, max_blocks] int32
+    room: int  # plans until a row needs its next block
+
+    def next(self) -> _Step:
+        """One token further: every row stays in its block."""
+        return _Step(
+            context_lens=self.context_lens + 1,
+            context_lens_i32=self.context_lens_i32 + 1,
+            slot_mapping=self.slot_mapping + 1,
+            block_tables=self.block_tables,
+            room=self.room - 1,
+        )
+
+
 @dataclasses.dataclass(slots=True)
 class _Roster:
     """The decoding slots of a micro-batch, with the tensors that follow from them alone."""
@@ -68,6 +89,8 @@ class _Roster:
     index: Tensor  # [R] int64, the slots
     cu_seqlens: Tensor  # [R + 1] int32, 0 .. R
     rows: Tensor  # [R] int64, 0 .. R - 1
+    step: _Step | None = None
+    """Of its last plan, if that had no chunks."""
 
     @classmethod
     def of(cls, slots: list[int]) -> _Roster:
@@ -157,6 +180,7 @@ class SlotTable:
             self._open(opened)
         if execute.blocks:
             self._append_blocks(unpack_u32(execute.blocks))
+            roster.step = None
         if execute.join:
             slots = self._join(slots, self._read_slots("join", execute.join), execute.microbatch)
         if slots is not roster.slots:
@@ -251,26 +275,39 @@ class SlotTable:
             raise ProtocolError("the plan has no rows")
         if execute.chunk_ids:
             raise ProtocolError("chunk_ids: the plan has no chunks")
-        positions = self._decode_positions(roster)
-        context_lens = positions + 1
-        block_tables = self._rows_of_block_table(roster.index, context_lens)
-        slot_mapping = self._slot_mapping(block_tables, roster.rows, positions)
-        self._context_lens[roster.index] = context_lens
+        before = roster.step
+        step = before.next() if before is not None and before.room else self._first_step(roster)
+        positions = before.context_lens if before is not None else step.context_lens - 1
+        roster.step = step
+        self._context_lens[roster.index] = step.context_lens
         return self._to_device(
             BatchInputs(
                 token_ids=torch.zeros(len(roster.slots), dtype=torch.int64),
                 positions=positions,
-                slot_mapping=slot_mapping,
+                slot_mapping=step.slot_mapping,
                 cu_seqlens_q=roster.cu_seqlens,
-                context_lens=context_lens.to(torch.int32),
-                block_tables=block_tables,
+                context_lens=step.context_lens_i32,
+                block_tables=step.block_tables,
                 decode_slots=roster.index,
                 num_decode_rows=len(roster.slots),
                 max_query_len=1,
                 sample_rows=roster.rows,
                 sample_slots=roster.slots,
-                sample_positions=context_lens.tolist(),
+                sample_positions=step.context_lens.tolist(),
             )
+        )
+
+    def _first_step(self, roster: _Roster) -> _Step:
+        """From the tables; the steps up to the next block of a row follow from it."""
+        positions = self._decode_positions(roster)
+        context_lens = positions + 1
+        block_tables = self._rows_of_block_table(roster.index, context_lens)
+        return _Step(
+            context_lens=context_lens,
+            context_lens_i32=context_lens.to(torch.int32),
+            slot_mapping=self._slot_mapping(block_tables, roster.rows, positions),
+            block_tables=block_tables,
+            room=self._block_size - 1 - int(torch.remainder(positions, self._block_size).max()),
         )
 
     def _mixed_inputs(self, execute: Execute, roster: _Roster, chunks: _Chunks) -> BatchInputs:
@@ -291,6 +328,7 @@ class SlotTable:
         block_tables = self._rows_of_block_table(index, context_lens)
         slot_mapping = self._slot_mapping(block_tables, row_of_token, positions)
         self._context_lens[index] = context_lens
+        roster.step = None
         sampling = [*range(num_decode_rows)] + [
             num_decode_rows + i for i, is_sampling in enumerate(chunks.samples) if is_sampling
         ]

@@ -28,8 +28,6 @@ from ember_pp.stage.input_batch import BatchInputs
 class TokenSource(Protocol):
     """What is needed of the feedback edge's ``handoff.Receiver``."""
 
-    waited_ns: int
-
     def receive(self, plan: int, num_tokens: int) -> Tensor:
         """[num_tokens, 1] int32, valid until ``release``."""
 
@@ -63,11 +61,6 @@ class LastTokens:
         self._source = source
         self._max_in_flight = max_in_flight
         self._expected: deque[tuple[int, Tensor]] = deque()
-
-    @property
-    def waited_ns(self) -> int:
-        """Host time spent waiting for feedback so far."""
-        return 0 if self._source is None else self._source.waited_ns
 
     def fill(self, execute: Execute, inputs: BatchInputs) -> None:
         """Write the tokens of the decode rows into ``inputs.token_ids``.

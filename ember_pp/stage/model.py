@@ -27,6 +27,15 @@ OnLayer = Callable[[int, Tensor], None]
 """Called after each layer with its index in the model and the hidden states [T, D]."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStep:
+    """What all layers of a step share."""
+
+    rows: PagedRows
+    rope: RopeRows
+    slot_mapping: Tensor
+
+
 class StageModel:
     """Embedding (first stage), layers ``[start_layer, end_layer)``, norm and head (last stage).
 
@@ -54,11 +63,35 @@ class StageModel:
         assert is_last == (weights.lm_head is not None)
         self._cfg = cfg
         self._weights = weights
-        self._ops = ops or make_ops("reference", weights.layers[0].qkv.device)
+        self._ops = ops or make_ops("reference", torch.device("cpu"))
         self._start_layer = start_layer
         self._scale = cfg.head_dim**-0.5
-        table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
-        self._rope_table = table.to(weights.layers[0].qkv.device)  # [max_model_len, d]
+        self._rope_table: Tensor | None = None  # [max_model_len, d]; None: the lm_head alone
+        if weights.layers:
+            table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
+            self._rope_table = table.to(weights.layers[0].qkv.device)
+
+    @torch.inference_mode()
+    def prepare(self, inputs: BatchInputs, kv_cache: KVCache) -> PreparedStep | None:
+        """What ``forward`` needs beside hidden states or token ids: for the time before these come.
+
+        None of a stage without layers.
+        """
+        if self._rope_table is None:
+            return None
+        rows = PagedRows(
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
+            cu_seqlens_q=inputs.cu_seqlens_q,
+            num_tokens=len(inputs.positions),
+            max_query_len=inputs.max_query_len,
+            block_size=kv_cache.block_size,
+            dtype=self._weights.layers[0].qkv.dtype,
+        )
+        rope = RopeRows(self._rope_table, inputs.positions)
+        if not rows.block_tables.is_cuda:  # there it would wait for the device, maybe for nothing
+            _ = rows.groups, rope.cos_sin
+        return PreparedStep(rows=rows, rope=rope, slot_mapping=inputs.slot_mapping)
 
     @torch.inference_mode()
     def forward(
@@ -67,6 +100,8 @@ class StageModel:
         hidden_states: Tensor | None,
         kv_cache: KVCache,
         on_layer: OnLayer | None = None,
+        *,
+        prepared: PreparedStep | None = None,
     ) -> Tensor:
         """Hidden states after this stage's layers, residual added.
 
@@ -76,6 +111,7 @@ class StageModel:
                 the first stage.
             kv_cache: of this stage's layers; takes the keys and values of the T tokens.
             on_layer: sees each layer's output.
+            prepared: of the same inputs; None: they are prepared here.
 
         Returns:
             [T, D] in the model's dtype.
@@ -83,22 +119,12 @@ class StageModel:
         if self._weights.embedding is not None:
             hidden_states = self._ops.embedding(inputs.token_ids, self._weights.embedding)
         assert hidden_states is not None, "hidden states come from the previous stage"
-        step = _Step(
-            rows=PagedRows(
-                block_tables=inputs.block_tables,
-                context_lens=inputs.context_lens,
-                cu_seqlens_q=inputs.cu_seqlens_q,
-                num_tokens=len(inputs.positions),
-                max_query_len=inputs.max_query_len,
-                block_size=kv_cache.block_size,
-                dtype=hidden_states.dtype,
-            ),
-            rope=RopeRows(self._rope_table, inputs.positions),
-            slot_mapping=inputs.slot_mapping,
-        )
+        prepared = prepared or self.prepare(inputs, kv_cache)
+        if prepared is None:
+            return hidden_states.clone()  # what was received is given back before it is read
         residual, added = hidden_states, None
         for index, layer in enumerate(self._weights.layers):
-            residual, added = self._layer(layer, residual, added, kv_cache.layer(index), step)
+            residual, added = self._layer(layer, residual, added, kv_cache.layer(index), prepared)
             if on_layer is not None:
                 on_layer(self._start_layer + index, residual + added)
         assert added is not None, "a stage has a layer"
@@ -119,7 +145,7 @@ class StageModel:
         residual: Tensor,
         added: Tensor | None,
         caches: tuple[Tensor, Tensor],
-        step: _Step,
+        step: PreparedStep,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and what is still to be added to it, [T, D] each, after one layer
         and before it; the norm that reads the sum makes it, in one pass."""
@@ -134,7 +160,7 @@ class StageModel:
         return residual, ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
 
     def _attention(
-        self, layer: LayerWeights, normed: Tensor, caches: tuple[Tensor, Tensor], step: _Step
+        self, layer: LayerWeights, normed: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
     ) -> Tensor:
         """[T, D] -> [T, D], the residual not yet added."""
         cfg, ops = self._cfg, self._ops
@@ -151,12 +177,3 @@ class StageModel:
         )
         attended = ops.paged_attention(query, *caches, step.rows, scale=self._scale)  # [T, H, d]
         return ops.linear(attended.flatten(1), layer.output, layer.output_bias)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """What all layers of a step share."""
-
-    rows: PagedRows
-    rope: RopeRows
-    slot_mapping: Tensor

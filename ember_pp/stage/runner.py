@@ -1,15 +1,14 @@
 """Computes one micro-batch: inputs, forward, hand-off or sampling. Knows no sockets.
 
-The order of a plan on a stage: take in the slot changes, wait for the hidden states of the
-previous stage (on the first: for the tokens of the decode rows), run the layers, then hand the
-result to the next stage, or draw tokens on the last one, which sends them to the first. Every
-time spent is counted as busy or as one of two waits.
+The order of a plan on a stage: take in the slot changes and prepare all that does not depend on
+the input; wait for the hidden states of the previous stage (on the first: for the tokens of the
+decode rows); run the layers; then hand the result to the next stage, or draw tokens on the last
+one, which sends them to the first. What comes after that (giving the ring slot back, telling the
+coordinator) delays nobody. The ends of the edges count their waits themselves (``timing.py``).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import Protocol
 
@@ -21,14 +20,12 @@ from ember_pp.protocol import Execute, Sampled, pack_i32
 from ember_pp.stage.input_batch import BatchInputs, SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
-from ember_pp.stage.model import StageModel
+from ember_pp.stage.model import PreparedStep, StageModel
 from ember_pp.stage.sampler import Sampler
 
 
 class HiddenStatesSource(Protocol):
     """What the runner needs of ``handoff.Receiver``."""
-
-    waited_ns: int
 
     def receive(self, plan: int, num_tokens: int) -> Tensor:
         """[num_tokens, D], valid until ``release``."""
@@ -40,19 +37,8 @@ class HiddenStatesSource(Protocol):
 class HiddenStatesSink(Protocol):
     """What the runner needs of ``handoff.Sender``."""
 
-    waited_ns: int
-
     def send(self, plan: int, hidden_states: Tensor) -> None:
         """Hand on [T, D]."""
-
-
-@dataclasses.dataclass(slots=True)
-class RunnerTimes:
-    """Running totals since the start."""
-
-    busy_ns: int = 0
-    wait_input_ns: int = 0
-    wait_output_ns: int = 0
 
 
 class StageRunner:
@@ -96,9 +82,6 @@ class StageRunner:
         self._sampler = sampler
         self._last_tokens = last_tokens
         self._feedback = feedback
-        self.times = RunnerTimes()
-        self._waited_before: tuple[int, int] | None = None
-        """What the ends of the edges had waited before the first plan: in the probe."""
 
     @torch.inference_mode()
     def run(self, execute: Execute) -> Sampled | None:
@@ -108,24 +91,29 @@ class StageRunner:
             ProtocolError: the plan does not fit the ones before it.
             HandoffError: an edge was closed.
         """
-        started_ns = time.monotonic_ns()
-        if self._waited_before is None:
-            self._waited_before = self._waited_ns()
-        waited_ns = sum(self._waited_ns())
         inputs = self._slots.apply(execute)
+        if self._sampler is not None:
+            for opened in execute.open:
+                self._sampler.open(opened)
+        prepared = self._model.prepare(inputs, self._kv_cache)
         if self._last_tokens is not None:
             self._last_tokens.fill(execute, inputs)
         tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
-        hidden_states = self._forward(execute, inputs, tap)
+        hidden_states = self._forward(execute, inputs, prepared, tap)
         sampled = None
         if self._sampler is not None:
             sampled = self._sample(self._sampler, execute, inputs, hidden_states, tap)
         if tap is not None:
             tap.write()
-        self._count(started_ns, waited_ns)
         return sampled
 
-    def _forward(self, execute: Execute, inputs: BatchInputs, tap: _Tap | None) -> Tensor:
+    def _forward(
+        self,
+        execute: Execute,
+        inputs: BatchInputs,
+        prepared: PreparedStep | None,
+        tap: _Tap | None,
+    ) -> Tensor:
         """Layers of this stage, [T, D]; handed on to the next stage unless this is the last."""
         received = None
         if self._source is not None:
@@ -137,6 +125,7 @@ class StageRunner:
             received,
             self._kv_cache,
             on_layer=None if tap is None else tap.keep_layer,
+            prepared=prepared,
         )
         if self._sink is not None:
             self._sink.send(execute.plan, hidden_states)
@@ -153,8 +142,6 @@ class StageRunner:
         hidden_states: Tensor,
         tap: _Tap | None,
     ) -> Sampled:
-        for opened in execute.open:
-            sampler.open(opened)
         if not inputs.sample_slots:
             self._feed_back(execute.plan, inputs.token_ids[:0])
             return Sampled(execute.epoch, execute.plan, b"", [])
@@ -166,22 +153,6 @@ class StageRunner:
         if tap is not None:
             tap.keep("token_ids", drawn.token_ids)
         return Sampled(execute.epoch, execute.plan, pack_i32(drawn.read()), drawn.logprobs)
-
-    def _waited_ns(self) -> tuple[int, int]:
-        """For input and for output, since the edges were made."""
-        inputs, outputs = (self._source, self._last_tokens), (self._sink, self._feedback)
-        return (
-            sum(end.waited_ns for end in inputs if end is not None),
-            sum(end.waited_ns for end in outputs if end is not None),
-        )
-
-    def _count(self, started_ns: int, waited_before_ns: int) -> None:
-        assert self._waited_before is not None, "a plan has run"
-        times, waited_ns = self.times, self._waited_ns()
-        times.wait_input_ns = waited_ns[0] - self._waited_before[0]
-        times.wait_output_ns = waited_ns[1] - self._waited_before[1]
-        elapsed_ns = time.monotonic_ns() - started_ns
-        times.busy_ns += elapsed_ns - (sum(waited_ns) - waited_before_ns)
 
     def _feed_back(self, plan: int, token_ids: Tensor) -> None:
         """Give the first stage the inputs of its next decode rows, before the host reads them.

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 import torch
 
 from ember_pp import config as configuration
-from ember_pp import partition
+from ember_pp import memory_model, partition
 from ember_pp.checkpoint import Checkpoint, locate
 from ember_pp.config import Config
 from ember_pp.errors import ProtocolError
@@ -32,6 +32,7 @@ from ember_pp.protocol import (
     StageReady,
     StageStarted,
     StageStats,
+    StageTrace,
     Start,
     unpack_i32,
 )
@@ -45,6 +46,7 @@ from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.runner import StageRunner
 from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.timing import PlanRecorder, StageClock
 from ember_pp.stage.weights import load_stage
 
 _PROGRESS_PERIOD_S = 0.1
@@ -70,20 +72,17 @@ class StageWorker:
         self._sender: Sender | None = None
         """Of hidden states; on the last stage, of feedback."""
         self._runner: StageRunner | None = None
+        self._clock = StageClock()
         self._last_plan = -1
-        self._waited_for_plan_ns = 0
         self._is_closing = False
 
     def run(self, inbox: SimpleQueue[Message | None]) -> None:
         """Handle messages until None comes; an exception is posted as ``StageFailed``."""
         try:
             while True:
-                waiting_since_ns = time.monotonic_ns()
                 message = inbox.get()
                 if message is None:
                     return
-                if isinstance(message, Execute):
-                    self._waited_for_plan_ns += time.monotonic_ns() - waiting_since_ns
                 self.handle(message)
         except BaseException as error:  # noqa: BLE001  whatever it is, the coordinator must know
             if not self._is_closing:  # a closed edge ends the wait of a plan with an error
@@ -129,21 +128,28 @@ class StageWorker:
 
     def stats(self) -> StageStats | None:
         """Totals so far and what is waited for now; None before ``Start``. Any thread."""
-        runner, loaded = self._runner, self._slice
-        if runner is None or loaded is None:
+        loaded = self._slice
+        if self._runner is None or loaded is None:
             return None
         ends = (self._receiver, self._sender)
         waits = [wait for end in ends if end is not None and (wait := end.wait) is not None]
+        times = self._clock.totals()
         return StageStats(
             epoch=loaded.message.epoch,
             stage_index=self._stage_index,
             plan=self._last_plan,
-            busy_ns=runner.times.busy_ns,
-            wait_input_ns=runner.times.wait_input_ns + self._waited_for_plan_ns,
-            wait_output_ns=runner.times.wait_output_ns,
+            busy_ns=times.busy_ns,
+            wait_input_ns=times.wait_input_ns,
+            wait_output_ns=times.wait_output_ns,
+            host_gap_ns=times.host_gap_ns,
+            idle_ns=times.idle_ns,
             waiting_for=str(waits[0]) if waits else "",
             peak_bytes=_peak_bytes(loaded.device),
         )
+
+    def take_trace(self) -> StageTrace | None:
+        """Times that were not posted yet, if a trace is wanted; once the worker has ended."""
+        return None if self._clock.recorder is None else self._clock.recorder.take()
 
     # ---------------------------------------------------------------- phases
 
@@ -162,7 +168,9 @@ class StageWorker:
         if message.num_stages > 1:
             edge = Edge((self._stage_index - 1) % message.num_stages, self._stage_index)
             shape = loaded.feedback_shape if loaded.is_first else loaded.ring_shape
-            self._receiver = open_receiver(loaded.config.handoff, edge, shape, loaded.device)
+            self._receiver = open_receiver(
+                loaded.config.handoff, edge, shape, loaded.device, self._clock
+            )
             handle = self._receiver.handle
         self._post(
             StageReady(
@@ -195,8 +203,12 @@ class StageWorker:
         if num_stages > 1:
             edge = Edge(self._stage_index, (self._stage_index + 1) % num_stages)
             shape = loaded.feedback_shape if loaded.is_last else loaded.ring_shape
-            self._sender = open_sender(message.next_handle, edge, shape, loaded.device)
+            self._sender = open_sender(message.next_handle, edge, shape, loaded.device, self._clock)
         self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
+        recorder = None
+        if loaded.config.trace.is_on:
+            recorder = PlanRecorder(self._stage_index, message.epoch, self._post)
+        self._clock.start(recorder)
         self._post(StageStarted(message.epoch, self._stage_index))
 
     def _on_probe(self, message: Probe) -> None:
@@ -228,10 +240,12 @@ class StageWorker:
             raise ProtocolError(
                 f"stage {self._stage_index} got plan {execute.plan} after plan {self._last_plan}"
             )
+        self._clock.begin_plan(after_idle=execute.after_idle)
         sampled = self._runner.run(execute)
         self._last_plan = execute.plan
         if sampled is not None:
             self._post(sampled)
+        self._clock.end_plan(execute.plan)
 
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:
@@ -322,7 +336,7 @@ class _Slice:
             return capacity.num_cpu_blocks(
                 self.block_bytes,
                 memory_gib=memory_gib,
-                num_stages=self.message.num_stages,
+                num_stages=self.config.pipeline.stages * self.config.pipeline.replicas,
                 most_blocks=self.message.max_slots * self.max_blocks_per_sequence,
             )
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
@@ -332,22 +346,22 @@ class _Slice:
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             weight_bytes=self.weight_bytes,
-            activation_bytes=self._activation_bytes(),
+            activation_bytes=memory_model.activation_bytes(
+                self.model_config,
+                self.config.scheduler.max_tokens_per_plan,
+                self.message.max_slots if self.is_last else 0,
+            ),
             num_stages_on_device=self._num_stages_on_device(),
         )
 
-    def _activation_bytes(self) -> int:
-        """A generous guess at what a forward needs at once, in float32 where the ops upcast."""
-        cfg, max_tokens = self.model_config, self.config.scheduler.max_tokens_per_plan
-        widest = 4 * cfg.hidden_size + 3 * cfg.intermediate_size + 3 * cfg.num_heads * cfg.head_dim
-        logits = 6 * self.message.max_slots * cfg.vocab_size if self.is_last else 0
-        return 4 * (max_tokens * widest + logits)
-
     def _num_stages_on_device(self) -> int:
-        devices, num_stages = self.config.pipeline.devices, self.message.num_stages
-        if isinstance(devices, list | tuple):
-            return max(1, list(devices).count(self.message.device))
-        return num_stages if devices != "auto" else -(-num_stages // torch.cuda.device_count())
+        pipeline = self.config.pipeline
+        if isinstance(pipeline.devices, list | tuple):
+            return max(1, list(pipeline.devices).count(self.message.device))
+        num_processes = pipeline.stages * pipeline.replicas
+        if pipeline.devices != "auto":
+            return num_processes
+        return -(-num_processes // torch.cuda.device_count())
 
     def make_runner(
         self, num_blocks: int, receiver: Receiver | None, sender: Sender | None

@@ -8,6 +8,7 @@ from model_stage import ModelStage, generate_alone
 
 from ember_pp import protocol
 from ember_pp.coordinator.plan import Plan
+from ember_pp.coordinator.policy import POLICIES
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.sampling_params import SamplingParams
@@ -26,6 +27,7 @@ class Driver:
         max_tokens_per_plan: int = 32,
         max_model_len: int = 64,
         prefix_caching: bool = True,
+        policy: str = "balanced",
     ) -> None:
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -35,6 +37,7 @@ class Driver:
             max_tokens_per_plan=max_tokens_per_plan,
             max_model_len=max_model_len,
             prefix_caching=prefix_caching,
+            policy=POLICIES[policy],
         )
         self.sequences: list[Sequence] = []
         self.plans: list[Plan] = []
@@ -100,7 +103,7 @@ class Driver:
     def complete(self) -> list[tuple[Sequence, int]]:
         """The oldest plan comes back; sequences that are at their end are finished."""
         plan, token_ids = self._returning.popleft()
-        alive = self.scheduler.complete(plan.number, token_ids)
+        alive = list(self.scheduler.complete(plan.number, token_ids))
         for sequence, token in alive:
             assert sequence.output_ids[-1] == token
             is_full = sequence.num_tokens >= sequence.max_total_tokens
@@ -176,13 +179,20 @@ class Driver:
         assert sorted(everywhere) == list(range(self.scheduler.max_sequences))
 
     def _check_in_flight(self) -> None:
-        """No sequence is in two plans in flight, no micro-batch has two."""
+        """No micro-batch is in two plans in flight, and no sequence draws in two.
+
+        A prompt may be in several, of which only the newest may draw.
+        """
         plans = [plan for plan, _ in self._returning]
         assert len(plans) <= self.scheduler.max_in_flight
         assert len({plan.microbatch_id for plan in plans}) == len(plans)
-        named = [row for plan in plans for row in plan.decodes]
-        named += [chunk.sequence for plan in plans for chunk in plan.chunks]
-        assert len(set(named)) == len(named)
+        drawing = [row for plan in plans for row in plan.rows]
+        assert len(set(drawing)) == len(drawing)
+        ends: dict[Sequence, int] = {}
+        for chunk in (chunk for plan in plans for chunk in plan.chunks):
+            start = ends.get(chunk.sequence, chunk.start)
+            assert chunk.start == start, "chunks in flight follow each other"
+            ends[chunk.sequence] = start + len(chunk.token_ids)
 
     def _check_admission(self, plan: Plan) -> None:
         """First come first served; no slot is opened that a plan in flight has a row of."""

@@ -16,6 +16,7 @@ from ember_pp.coordinator.preparation import (
     default_max_in_flight,
     prepare,
 )
+from ember_pp.coordinator.request import take_deltas
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.tokenizer import Tokenizer
 
@@ -77,9 +78,9 @@ def test_text_of_deltas_and_end_add_up(preparation, tokenizer):
     parts = []
     for token_id in tokenizer.encode(text):
         assert feed(request, [token_id])[0] is None
-        delta = request.take_delta()
-        assert list(protocol.unpack_i32(delta.token_ids)) == [token_id]
-        parts.append(delta.text)
+        deltas = take_deltas([request])
+        assert list(protocol.unpack_i32(deltas.token_ids)) == [token_id]
+        parts += deltas.texts
     finished = request.take_finished("abort")
     assert "".join(parts) + finished.text == text
     assert "\ufffd" not in "".join(parts)
@@ -138,7 +139,35 @@ def test_logprobs_travel_with_their_tokens(preparation):
     entry = protocol.TokenLogprobs(-0.5, b"", b"")
     request.sequence.output_ids = array.array("i", [5])
     request.on_token(5, entry)
-    assert request.take_delta().logprobs == [entry]
+    assert take_deltas([request]).logprobs == [entry]
+
+
+def test_deltas_of_many_requests_are_columns(preparation, tokenizer):
+    asked = admit(preparation, prompt="x", request_id="asked", sampling={"logprobs": 0})
+    silent = admit(preparation, prompt="x", request_id="silent")
+    entries = [protocol.TokenLogprobs(-0.5, b"", b""), protocol.TokenLogprobs(-1.5, b"", b"")]
+    ids = tokenizer.encode("some words here")[:3]
+    for token_id in ids:
+        silent.on_token(token_id, None)
+    for token_id, entry in zip(ids, entries, strict=False):
+        asked.on_token(token_id, entry)
+    deltas = take_deltas([silent, asked])
+    assert deltas.request_ids == ["silent", "asked"]
+    assert deltas.texts == [tokenizer.decode(ids), tokenizer.decode(ids[:2])]
+    assert list(protocol.unpack_u32(deltas.num_token_ids)) == [3, 2]
+    assert list(protocol.unpack_i32(deltas.token_ids)) == ids + ids[:2]
+    assert deltas.logprobs == [None, None, None, *entries]
+    silent.on_token(ids[0], None)
+    asked.on_token(ids[0], entries[0])
+    again = take_deltas([asked, silent])
+    assert list(protocol.unpack_i32(again.token_ids)) == [ids[0], ids[0]]
+    assert again.logprobs == [entries[0], None]
+    assert asked.take_finished("length").text == silent.take_finished("length").text == ""
+
+
+def test_deltas_of_nothing_are_a_message():
+    empty = take_deltas([])
+    assert protocol.decode(protocol.encode(empty)) == empty
 
 
 def test_defaults_come_from_the_checkpoint_then_config_then_request(preparation):

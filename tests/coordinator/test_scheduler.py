@@ -4,9 +4,12 @@ Sequences are named ``a``, ``b``, ... in the order of arrival; names stand for s
 expectations.
 """
 
+import dataclasses
+
 import pytest
 
 from ember_pp import protocol
+from ember_pp.coordinator.policy import POLICIES, Load
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.errors import InvalidRequestError, ProtocolError
@@ -21,6 +24,8 @@ SETTINGS = {
     "max_sequences": 8,
     "max_tokens_per_plan": 16,
     "max_model_len": 64,
+    # Its answers need no arithmetic: equal shares of the sequences, and all the tokens of a plan.
+    "policy": POLICIES["fixed"],
 }
 
 
@@ -45,7 +50,7 @@ def add(scheduler, *named, num_tokens=4, **params):
 def come_back(scheduler):
     """The oldest plan's tokens arrive; what is long enough is finished, as the caller must."""
     plan = scheduler.in_flight.oldest
-    delivered = scheduler.complete(plan.number, [TOKEN] * plan.num_rows)
+    delivered = list(scheduler.complete(plan.number, [TOKEN] * plan.num_rows))
     for sequence, _ in delivered:
         if sequence.num_tokens == sequence.max_total_tokens:
             scheduler.finish(sequence)
@@ -188,14 +193,62 @@ def test_spreads_a_burst_over_the_micro_batches():
     assert scheduler.next_plan() is None
 
 
-def test_a_plan_takes_its_share_of_the_prompt_tokens_that_wait():
-    scheduler = make_scheduler(max_in_flight=2)
+@dataclasses.dataclass(frozen=True)
+class Says(type(POLICIES["fixed"])):
+    """As ``fixed``, with a number of prompt tokens that is given; keeps what it was asked."""
+
+    num_tokens: int = 0
+    loads: list = dataclasses.field(default_factory=list)
+
+    def prefill_tokens(self, load):
+        self.loads.append(load)
+        return self.num_tokens
+
+
+def test_a_plan_takes_the_prompt_tokens_that_the_policy_says():
+    scheduler = make_scheduler(max_in_flight=2, policy=Says(num_tokens=14))
     add(scheduler, "a", "b", num_tokens=12)
     add(scheduler, "c", "d", num_tokens=2)
-    assert chunks(scheduler.next_plan()) == [("A", 0, 12), ("b", 0, 2)]  # half of 28, not 16
-    assert chunks(scheduler.next_plan()) == [("C", 0, 2), ("D", 0, 2)]
+    assert chunks(scheduler.next_plan()) == [("A", 0, 12), ("b", 0, 2)]
+    # The prompt that was begun goes on in the next plan, while its first chunk is in flight.
+    assert chunks(scheduler.next_plan()) == [("B", 2, 12), ("C", 0, 2)]
     come_back(scheduler)
-    assert chunks(scheduler.next_plan()) == [("B", 2, 12)]
+    plan = scheduler.next_plan()
+    assert (names(plan.decodes), chunks(plan)) == ("a", [("D", 0, 2)])
+
+
+@pytest.mark.parametrize("said", [0, -5])
+def test_a_prompt_goes_on_by_a_token_at_least(said):
+    """Whatever the policy says: or it would wait for ever."""
+    scheduler = make_scheduler(policy=Says(num_tokens=said))
+    add(scheduler, "a", num_tokens=2)
+    assert [chunks(step(scheduler)) for _ in range(2)] == [[("a", 0, 1)], [("A", 1, 2)]]
+
+
+def test_tells_the_policy_what_waits_and_what_runs():
+    policy = Says(num_tokens=100)
+    scheduler = make_scheduler(max_in_flight=2, policy=policy, max_sequences=5, num_blocks=40)
+    decoding(scheduler, "a", "b", "c", num_tokens=4)  # and two tokens each
+    policy.loads.clear()
+    add(scheduler, "d", "e", "f", "g", num_tokens=30)
+    plan = scheduler.next_plan()
+    assert (names(plan.decodes), chunks(plan)) == ("ab", [("d", 0, 14)])
+    scheduler.next_plan()
+    first, second = policy.loads
+    assert first == Load(
+        num_decodes=2,
+        num_context_tokens=2 * 6,  # the token that is computed included
+        num_decoding=3,
+        num_decoding_context_tokens=3 * 6,
+        backlog_tokens=60,  # two slots are left for four prompts
+        num_begun_tokens=0,
+        num_microbatches=2,
+        max_tokens_per_plan=16,
+        plan_time_s=None,
+    )
+    assert (second.num_decodes, second.num_begun_tokens) == (1, 14)
+    assert second.backlog_tokens == 30 - 14 + 30  # of `d`, and one slot for three prompts
+    assert plan.num_context_tokens == 2 * 6 + 14
 
 
 def test_fewer_sequences_than_micro_batches_get_a_plan_each():
@@ -215,6 +268,14 @@ def test_keeps_a_sequence_in_its_micro_batch():
         come_back(scheduler)
         plan = scheduler.next_plan()
         assert (names(plan.decodes), plan.microbatch_id) == (rows, microbatch_id)
+
+
+def test_micro_batches_take_turns_where_fewer_plans_are_in_flight():
+    scheduler = make_scheduler(max_in_flight=1, num_microbatches=3)
+    add(scheduler, "a", "b", "c", "d", "e", "f")
+    for _ in range(3):
+        step(scheduler)
+    assert [names(step(scheduler).decodes) for _ in range(6)] == ["ab", "cd", "ef"] * 2
 
 
 def test_fills_a_plan_up_to_the_token_budget():
@@ -291,12 +352,12 @@ def test_a_plan_reads_no_block_that_it_writes():
     assert chunks(scheduler.next_plan()) == [("A", 0, 10), ("B", 0, 10)]
 
 
-def test_shares_only_what_has_been_planned_of_a_long_prompt():
-    scheduler = make_scheduler(max_in_flight=2, max_tokens_per_plan=6)
-    add(scheduler, "a", prompt_ids=PROMPT)
-    assert chunks(scheduler.next_plan()) == [("a", 0, 6)]
-    add(scheduler, "b", prompt_ids=PROMPT)
-    assert scheduler.next_plan().chunks[0].start == 4
+def test_shares_only_what_earlier_plans_compute_of_a_long_prompt():
+    scheduler = make_scheduler(max_tokens_per_plan=6)
+    add(scheduler, "a", "b", prompt_ids=PROMPT)
+    assert chunks(step(scheduler)) == [("a", 0, 6)]
+    # Its second block is filled by this very plan: `b` shares the first one alone.
+    assert chunks(step(scheduler)) == [("A", 6, 10), ("b", 4, 6)]
 
 
 def test_finds_the_prompt_and_the_answer_of_a_request_that_ended():
@@ -567,7 +628,7 @@ def test_delivers_decodes_first_and_then_chunks_that_sample():
     b, c = add(scheduler, "b", "c", num_tokens=10)
     plan = scheduler.next_plan()
     assert chunks(plan) == [("B", 0, 10), ("c", 0, 5)]
-    assert scheduler.complete(plan.number, [11, 12]) == [(a, 11), (b, 12)]
+    assert list(scheduler.complete(plan.number, [11, 12])) == [(a, 11), (b, 12)]
     assert list(c.output_ids) == []
     following = scheduler.next_plan()
     assert names(following.decodes) == "ab"

@@ -1,9 +1,24 @@
 """Scheduler, blocks and in-flight book over generated histories, against a model stage.
 
 A history is a set of limits, a list of requests (many with equal beginnings), and a seed for
-the order of events: arrivals, plans, returns, cancels and stops. The model stage computes
+the order of events: arrivals, plans, returns, cancels, stops, and stages that are lost (a new
+epoch: the scheduler forgets what ran, and replays it). The model stage computes
 tokens that depend on every key the row attends to, so a block that is shared wrongly, reused
 too early or written by two owners changes a token; the oracle computes each request alone.
+
+Nobody starves, under any policy. With ``F`` plans in flight and ``M`` micro-batches:
+
+1. The oldest running sequence has a token planned in every ``W = 2 * (F + M)`` plans: within
+   ``F`` of them its micro-batch has a plan back and may be planned, before that come at most
+   ``M`` others that are due; and twice that if it pauses for a block, or if its prompt has to
+   end in a micro-batch that has a place.
+2. It is never preempted, so it ends within ``W * L`` plans, ``L`` being the longest request.
+3. Who comes later is not admitted while someone waits. So whoever has become the oldest of all
+   that are alive, and waits, waits for sequences that run already: at most ``max_sequences - 1``,
+   which by 2 end one after the other, the oldest first.
+4. So one with ``k`` requests before it ends within ``(k + 1) * max_sequences * W * L`` plans.
+
+1, 2 and 3 are asserted after every event, 4 when a request ends.
 """
 
 from __future__ import annotations
@@ -17,6 +32,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_stage import ModelStage, generate_alone
 
+from ember_pp.coordinator.plan import Plan
+from ember_pp.coordinator.policy import POLICIES
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence, SequenceStatus
 from ember_pp.errors import InvalidRequestError
@@ -36,6 +53,12 @@ class Limits:
     num_microbatches: int | None = None
     run_ahead: int = 0
     max_model_len: int = 64
+    policy: str = "balanced"
+
+    @property
+    def longest_wait(self) -> int:
+        """Plans in which the oldest running sequence must move on: ``W`` above."""
+        return 2 * (self.max_in_flight + (self.num_microbatches or self.max_in_flight))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +80,7 @@ limits = st.builds(
     prefix_caching=st.booleans(),
     num_microbatches=st.sampled_from([None, 1, 2, 4]),
     run_ahead=st.sampled_from([0, 1, 1, 2, 4]),
+    policy=st.sampled_from(sorted(POLICIES)),
 )
 # Few distinct tokens and a few shared beginnings: prefixes meet often.
 beginnings = st.sampled_from([(), (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 4, 9), (5,) * 20])
@@ -81,10 +105,18 @@ arrivals = st.lists(
 class History:
     """One run: the scheduler, the model stage, and what must hold after every event."""
 
-    def __init__(self, limits: Limits, arrivals: list[Arrival], seed: int, cancel_rate: float):
+    def __init__(
+        self,
+        limits: Limits,
+        arrivals: list[Arrival],
+        seed: int,
+        cancel_rate: float = 0.0,
+        loss_rate: float = 0.0,
+    ):
         self.limits = limits
         self.rng = random.Random(seed)
         self.cancel_rate = cancel_rate
+        self.loss_rate = loss_rate
         self.scheduler = Scheduler(
             num_blocks=limits.num_blocks,
             block_size=limits.block_size,
@@ -95,20 +127,40 @@ class History:
             prefix_caching=limits.prefix_caching,
             num_microbatches=limits.num_microbatches,
             run_ahead=limits.run_ahead,
-        )
-        self.stage = ModelStage(
-            num_blocks=limits.num_blocks,
-            block_size=limits.block_size,
-            max_slots=limits.max_sequences,
-            max_tokens=limits.max_tokens_per_plan,
+            policy=POLICIES[limits.policy],
         )
         self.to_arrive = collections.deque(arrivals)
-        self.flying: collections.deque[tuple[int, list[int]]] = collections.deque()
         self.open: dict[str, tuple[Sequence, Arrival]] = {}
         self.outputs: dict[str, list[int]] = collections.defaultdict(list)
         self.ended: list[tuple[Sequence, Arrival, str]] = []
         self.first_opened: list[int] = []
         self.num_events = 0
+        self.num_epochs = 0
+        self.longest_wait = 0
+        self._start_stage()
+
+    def _start_stage(self) -> None:
+        self.stage = ModelStage(
+            num_blocks=self.limits.num_blocks,
+            block_size=self.limits.block_size,
+            max_slots=self.limits.max_sequences,
+            max_tokens=self.limits.max_tokens_per_plan,
+        )
+        self.flying: collections.deque[tuple[int, list[int]]] = collections.deque()
+        self.oldest: Sequence | None = None
+        self.oldest_moved_at = 0
+        """Plans that had been made when the oldest running sequence had a token planned."""
+        self.num_ahead: dict[str, tuple[int, int]] = {}
+        """Requests before each one, and plans that had been made when it began to wait."""
+        for name in getattr(self, "open", ()):
+            self._begin_to_wait(name)
+
+    def _begin_to_wait(self, name: str) -> None:
+        arrival = self.open[name][0].arrival
+        ahead = sum(other.arrival < arrival for other, _ in self.open.values())
+        # Those that ended in flight hold what they have until their last plan is back.
+        ahead += sum(other.is_dropped for other in self.scheduler._running)
+        self.num_ahead[name] = ahead, self.stage.next_plan
 
     def run(self) -> History:
         while self.to_arrive or self.open or self.flying:
@@ -128,6 +180,8 @@ class History:
             events.append(self._return)
         if self.open and self.rng.random() < self.cancel_rate:
             events.append(self._cancel)
+        if self.open and self.rng.random() < self.loss_rate:
+            events.append(self._lose_stages)
         return events
 
     def _arrive(self) -> bool:
@@ -147,12 +201,23 @@ class History:
             )
             return True
         self.open[name] = (sequence, arrival)
+        self._begin_to_wait(name)
+        return True
+
+    def _lose_stages(self) -> bool:
+        """What is in flight is gone, and the stages know nothing any more."""
+        self.num_epochs += 1
+        self.scheduler.forget()
+        self._start_stage()
         return True
 
     def _plan(self) -> bool:
+        running, flying = list(self.scheduler._running), self._in_flight()
         plan = self.scheduler.next_plan()
+        self._assert_the_youngest_were_preempted(running, flying)
         if plan is None:
             return False
+        self._assert_the_oldest_moves_on(plan, running)
         assert plan.num_tokens <= self.limits.max_tokens_per_plan
         assert len(self.flying) < self.limits.max_in_flight
         execute = plan_to_execute(plan, epoch=0)
@@ -172,6 +237,42 @@ class History:
         for sequence, _ in self.open.values():
             if sequence.status is SequenceStatus.WAITING:
                 assert sequence.arrival > opened.arrival, f"{opened} passed {sequence}"
+
+    def _in_flight(self) -> set[Sequence]:
+        plans = self.scheduler.in_flight._plans
+        rows = {row for plan in plans for row in plan.rows}
+        return rows | {chunk.sequence for plan in plans for chunk in plan.chunks}
+
+    def _assert_the_youngest_were_preempted(
+        self, running: list[Sequence], flying: set[Sequence]
+    ) -> None:
+        """Nobody who is younger, and could have been preempted as well, goes on."""
+        preempted = [s.arrival for s in running if s.status is SequenceStatus.WAITING]
+        for other in running:
+            if preempted and other.arrival > min(preempted):
+                is_spared = other in flying or other.status is SequenceStatus.DRAINING
+                assert is_spared or other.status is SequenceStatus.WAITING, other
+
+    def _assert_the_oldest_moves_on(self, plan: Plan, running: list[Sequence]) -> None:
+        alive = [s for s in running if not (s.is_dropped or s.status is SequenceStatus.DRAINING)]
+        oldest = min(alive, key=lambda sequence: sequence.arrival, default=None)
+        if oldest is None or oldest is not self.oldest:
+            self.oldest, self.oldest_moved_at = oldest, plan.number
+        if oldest is None:
+            return
+        assert oldest.slot >= 0, f"{oldest} was preempted, and is the oldest"
+        if oldest in plan.decodes or any(chunk.sequence is oldest for chunk in plan.chunks):
+            self.oldest_moved_at = plan.number
+        wait = plan.number - self.oldest_moved_at
+        self.longest_wait = max(self.longest_wait, wait)
+        assert wait <= self.limits.longest_wait, f"{oldest} has waited for {wait} plans"
+
+    def _assert_it_did_not_wait_too_long(self, name: str) -> None:
+        limits = self.limits
+        num_ahead, start = self.num_ahead[name]
+        longest = limits.longest_wait * limits.max_model_len
+        bound = (num_ahead + 1) * limits.max_sequences * longest
+        assert self.stage.next_plan - start <= bound, f"{name} took too long"
 
     def _new_without_chunk(self, plan) -> list[Sequence]:
         slots = {opened.slot for opened in plan.open} - {chunk.slot for chunk in plan.chunks}
@@ -199,20 +300,21 @@ class History:
 
     def _end(self, sequence: Sequence, how: str) -> None:
         _, arrival = self.open.pop(sequence.request_id)
+        self._assert_it_did_not_wait_too_long(sequence.request_id)
         self.ended.append((sequence, arrival, how))
 
     def _check(self) -> None:
         """Every block is free, evictable, or held as often as block tables name it."""
         blocks = self.scheduler._blocks
         named = collections.Counter(
-            block for sequence in self.scheduler._running.values() for block in sequence.block_table
+            block for sequence in self.scheduler._running for block in sequence.block_table
         )
         for block, count in enumerate(blocks._ref_counts):
             assert named[block] == count, f"block {block} is named {named[block]} times"
         idle = [*blocks._free, *blocks._evictable]
         assert len(set(idle)) == len(idle), "a block was freed twice"
         assert sorted(idle) == [b for b in range(blocks.num_blocks) if not named[b]]
-        slots = [sequence.slot for sequence in self.scheduler._running.values()]
+        slots = [sequence.slot for sequence in self.scheduler._running]
         assert len(set(slots)) == len(slots) <= self.limits.max_sequences
 
 
@@ -237,7 +339,7 @@ def assert_tokens_are_those_of_running_alone(history: History) -> None:
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(limits=limits, arrivals=arrivals, seed=st.integers(0, 2**32 - 1))
 def test_every_history_gives_the_tokens_of_running_alone(limits, arrivals, seed):
-    history = History(limits, arrivals, seed, cancel_rate=0.0).run()
+    history = History(limits, arrivals, seed).run()
     assert_tokens_are_those_of_running_alone(history)
     assert_nothing_is_left(history)
 
@@ -252,8 +354,16 @@ def test_cancelled_work_leaves_nothing_behind(limits, arrivals, seed):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(limits=limits, arrivals=arrivals, seed=st.integers(0, 2**32 - 1))
+def test_what_stages_lost_is_replayed(limits, arrivals, seed):
+    history = History(limits, arrivals, seed, cancel_rate=0.1, loss_rate=0.05).run()
+    assert_tokens_are_those_of_running_alone(history)
+    assert_nothing_is_left(history)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(limits=limits, arrivals=arrivals, seed=st.integers(0, 2**32 - 1))
 def test_nobody_is_let_in_before_one_who_came_earlier(limits, arrivals, seed):
-    history = History(limits, arrivals, seed, cancel_rate=0.0).run()
+    history = History(limits, arrivals, seed).run()
     assert history.first_opened == sorted(history.first_opened)
 
 
@@ -267,7 +377,7 @@ def make_history(*, num_blocks, seed=0, max_in_flight=3, prefix_caching=False):
         prefix_caching=prefix_caching,
     )
     arrivals = [Arrival((7, 7, 7, 7, 7, index), 12, 30, True) for index in range(8)]
-    return History(limits, arrivals, seed, cancel_rate=0.0).run()
+    return History(limits, arrivals, seed).run()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -289,6 +399,6 @@ def test_a_request_waits_no_longer_than_those_before_it_take(num_sequences):
     """One slot: request k starts within the plans that the k requests before it need."""
     limits = Limits(4, 16, 1, 1, 16, prefix_caching=False)
     arrivals = [Arrival((1, 2, index), 6, 30, False) for index in range(num_sequences)]
-    history = History(limits, arrivals, seed=1, cancel_rate=0.0).run()
+    history = History(limits, arrivals, seed=1).run()
     assert history.first_opened == list(range(num_sequences))
     assert history.stage.next_plan == 6 * num_sequences

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from driver import Driver
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from ember_pp.coordinator.policy import POLICIES
 from ember_pp.errors import InvalidRequestError
 
 # Two token ids and short blocks: equal beginnings are the rule.
@@ -25,6 +26,7 @@ class Histories(RuleBasedStateMachine):
         max_tokens_per_plan=st.integers(1, 20),
         max_model_len=st.integers(8, 40),
         prefix_caching=st.booleans(),
+        policy=st.sampled_from(sorted(POLICIES)),
     )
     def start(self, **limits):
         self.driver = Driver(**limits)
@@ -95,9 +97,10 @@ TestHistories.settings = hypothesis.settings(
     num_spare_blocks=st.integers(0, 6),
     num_late=st.integers(0, 3),
     prefix_caching=st.booleans(),
+    policy=st.sampled_from(sorted(POLICIES)),
 )
 def test_requests_that_fit_alone_finish_in_a_cache_for_hardly_more_than_one(
-    prompts, max_in_flight, block_size, num_spare_blocks, num_late, prefix_caching
+    prompts, max_in_flight, block_size, num_spare_blocks, num_late, prefix_caching, policy
 ):
     """No livelock of sequences that preempt each other, however late plans come back."""
     num_tokens = max(len(prompt) for prompt in prompts) + 12
@@ -106,6 +109,7 @@ def test_requests_that_fit_alone_finish_in_a_cache_for_hardly_more_than_one(
         block_size=block_size,
         max_in_flight=max_in_flight,
         prefix_caching=prefix_caching,
+        policy=policy,
     )
     sequences = [driver.submit(prompt, max_tokens=12) for prompt in prompts]
     while driver.scheduler.has_work:

@@ -209,6 +209,18 @@ def test_last_words_beat_an_exit_status(play):
         play.supervisor.check()
 
 
+def test_what_the_others_had_sent_is_kept_when_a_stage_dies(play):
+    """Times for a trace, which is written after the end."""
+    start_all(play)
+    trace = protocol.StageTrace(EPOCH, 0, b"", b"")
+    play.stages[0].send(trace)
+    wait_readable([play.router], [], 5.0)
+    play.launcher.processes[1].end(-9)
+    with pytest.raises(StageDiedError):
+        play.supervisor.check()
+    assert play.supervisor.unread == [(stage_identity(0), trace)]
+
+
 def test_a_foreign_exception_arrives_with_its_traceback(play):
     play.hello(1)
     failed = protocol.StageFailed(EPOCH, 1, 5, {}, "KeyError", "'w'", "Traceback: line 3")

@@ -189,7 +189,7 @@ def test_the_closing_table_goes_to_stdout_and_progress_to_stderr(job, capsys):
     assert rows["tokens"] == "55 prompt (0 from the prefix cache), 33 output"
     assert rows["answers"] == str(job.output)
     assert rows["errors"] == str(job.errors)
-    assert "0     cpu     0-8         4.0   64.0     90.0   75%" in printed.out
+    assert "0     cpu     0-7         4.0   64.0     90.0  75.0%" in printed.out
     assert "12/12 done, 1 failed, 0 open" in printed.err
 
 

@@ -113,8 +113,10 @@ def test_the_closing_table():
         num_output_tokens=67_890,
     )
     stage = {"device": "cuda:0", "weight_bytes": 2.5e9, "kv_bytes": 4e9, "peak_bytes": 7e9}
+    stage |= {"busy_fraction": 0.915, "wait_input_fraction": 0.06}
+    stage |= {"wait_output_fraction": 0.0, "host_gap_fraction": 0.025}
     stages = [
-        stage | {"stage_index": 0, "start_layer": 0, "end_layer": 20, "busy_fraction": 0.915},
+        stage | {"stage_index": 0, "start_layer": 0, "end_layer": 20},
         {"stage_index": 1, "device": "cpu", "start_layer": 20, "end_layer": 36},
     ]
     text = closing_table(
@@ -133,7 +135,7 @@ def test_the_closing_table():
         "answers   out.jsonl",
         "errors    out.errors.jsonl",
         "",
-        "stage  device  layers  weights MB    KV MB  peak MB  busy  waiting",
-        "    0  cuda:0    0-20     2,500.0  4,000.0  7,000.0   92%       8%",
-        "    1     cpu   20-36           -        -        -     -        -",
+        "stage  device  layers  weights MB    KV MB  peak MB   busy  no input  no slot  no plan",
+        "    0  cuda:0    0-19     2,500.0  4,000.0  7,000.0  91.5%      6.0%     0.0%     2.5%",
+        "    1     cpu   20-35           -        -        -      -         -        -        -",
     ]

@@ -13,7 +13,7 @@ from ember_pp.sampling_params import SamplingParams
 BLOCK_SIZE, MAX_SLOTS, MAX_MODEL_LEN, MAX_TOKENS_PER_PLAN, MAX_IN_FLIGHT = 16, 8, 256, 32, 3
 NUM_MICROBATCHES, RUN_AHEAD = 2, 1
 STOP_AFTER = 5  # of two requests, as if by a stop string: known to the host alone
-NUM_BLOCKS = 16  # fewer than the requests below need at once: some are preempted
+NUM_BLOCKS = 13  # fewer than the requests below need at once: some are preempted
 
 _PREFIX = [7 * i % 900 + 3 for i in range(35)]  # two full blocks and a bit
 _PARAMS = (

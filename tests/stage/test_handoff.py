@@ -15,6 +15,7 @@ import torch
 from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
 from ember_pp.stage.handoff import Edge, RingShape, host_shm, open_receiver, open_sender
 from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
+from ember_pp.stage.timing import StageClock
 
 CPU = torch.device("cpu")
 EDGE = Edge(0, 1)
@@ -32,10 +33,18 @@ def make_shape(**changes):
     return RingShape(**(fields | changes))
 
 
-def make_edge(device=CPU, **changes):
+def make_edge(device=CPU, *, clock=None, **changes):
+    """Both ends; ``clock`` is that of one stage, as far as the test is concerned."""
     shape = make_shape(**changes)
-    receiver = open_receiver("auto", EDGE, shape, device)
-    return receiver, open_sender(receiver.handle, EDGE, shape, device)
+    receiver = open_receiver("auto", EDGE, shape, device, clock)
+    return receiver, open_sender(receiver.handle, EDGE, shape, device, clock)
+
+
+def running_clock():
+    """Of a stage in the middle of a plan."""
+    clock = StageClock()
+    clock.begin_plan(after_idle=True)
+    return clock
 
 
 def make_hidden_states(plan, dtype=torch.bfloat16):
@@ -102,7 +111,8 @@ def test_many_plans_arrive_exact_and_in_order(dtype, device):
 
 
 def test_sender_stops_when_all_slots_are_taken():
-    receiver, sender = make_edge()
+    clock = running_clock()
+    receiver, sender = make_edge(clock=clock)
     for plan in range(NUM_SLOTS):
         sender.send(plan, make_hidden_states(plan))
     sending = Background(sender.send, NUM_SLOTS, make_hidden_states(NUM_SLOTS))
@@ -114,11 +124,14 @@ def test_sender_stops_when_all_slots_are_taken():
     receiver.release(0)
     sending.finish()
     assert sender.wait is None
-    assert sender.waited_ns > 0
+    times = clock.totals()
+    assert times.wait_output_ns > 0
+    assert times.wait_input_ns == 0
 
 
 def test_receiver_waits_without_using_the_cpu():
-    receiver, sender = make_edge()
+    clock = running_clock()
+    receiver, sender = make_edge(clock=clock)
     receiving = Background(receiver.receive, 0, 1)
     wait_until(lambda: receiver.wait is not None)
     assert str(receiver.wait).startswith("plan 0: stage 0 to write slot 0 of edge 0->1, for 0.")
@@ -128,7 +141,9 @@ def test_receiver_waits_without_using_the_cpu():
     assert time.process_time() - cpu_before < 0.2 * waited_s
     sender.send(0, make_hidden_states(0))
     assert torch.equal(receiving.finish(), make_hidden_states(0))
-    assert receiver.waited_ns >= 0.25e9
+    times = clock.totals()
+    assert times.wait_input_ns >= 0.25e9
+    assert times.wait_output_ns == 0
 
 
 @pytest.mark.parametrize("side", ["receiver", "sender"])

@@ -99,6 +99,16 @@ HISTORY = [
          "chunks": [(0, 0, [19, 20, 21, 22], 1)]}),
     (0, {"leave": [2], "join": [0], "blocks": [(0, 32)]}),
     (1, {}),
+    # Steps that follow from the one before, up to a row's last token in its block, and past it.
+    (0, {}),
+    (0, {"blocks": [(0, 33)]}),
+    (0, {}),
+    (0, {"open": [3], "blocks": [(3, 2)], "chunks": [(3, 0, [23], 1)]}),
+    (0, {}),
+    (0, {"blocks": [(0, 34)]}),
+    (0, {"join": [3]}),
+    (0, {}),
+    (0, {"blocks": [(3, 35)]}),
 ]  # fmt: skip
 
 

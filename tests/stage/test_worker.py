@@ -170,6 +170,33 @@ def test_two_stages_probe_their_edge_and_serve(demo_path, recorded):
     assert stages[1].worker.stats().wait_input_ns > 0
 
 
+def test_waits_of_the_probe_are_not_counted(demo_path, recorded):
+    """Stage 1 waits half a second in its probe; from its first plan on, every wait counts."""
+    plans, _ = recorded
+    stages = [Stage(demo_path, index, 2) for index in range(2)]
+    handles = [stage.load().handle for stage in stages]
+    for stage, next_handle in zip(stages, reversed(handles), strict=True):
+        stage.start(next_handle)
+    probes = [protocol.Probe(EPOCH, edge, 99) for edge in ("0->1", "1->0")]
+    second = threading.Thread(target=stages[1].run, args=probes, daemon=True)
+    second.start()
+    time.sleep(0.5)
+    stages[0].run(*probes)
+    second.join(END_S)
+    first = threading.Thread(target=stages[0].run, args=plans, daemon=True)
+    began_ns = time.monotonic_ns()
+    first.start()
+    stages[1].run(*plans)
+    passed_ns = time.monotonic_ns() - began_ns
+    first.join(END_S)
+    stats = stages[1].worker.stats()
+    assert plans[0].after_idle
+    assert stats.idle_ns >= 500_000_000
+    parts_ns = (stats.busy_ns, stats.wait_input_ns, stats.wait_output_ns, stats.host_gap_ns)
+    assert min(parts_ns[:2]) > 0
+    assert sum(parts_ns) <= passed_ns
+
+
 def test_a_stage_that_waits_for_feedback_says_so_and_ends_when_closed(demo_path, recorded):
     """Stage 1 does nothing: its tokens never come."""
     plans, _ = recorded

@@ -16,6 +16,7 @@ import torch
 from ember_pp.errors import HandoffError
 from ember_pp.stage.handoff.base import Edge, Receiver, RingShape, Sender
 from ember_pp.stage.handoff.host_shm import HostShmReceiver, HostShmSender
+from ember_pp.stage.timing import StageClock
 
 __all__ = ["Edge", "Receiver", "RingShape", "Sender", "open_receiver", "open_sender"]
 
@@ -24,17 +25,29 @@ _SENDERS = MappingProxyType({"host_shm": HostShmSender})
 _AUTO = "host_shm"
 
 
-def open_receiver(path: str, edge: Edge, shape: RingShape, device: torch.device) -> Receiver:
+def open_receiver(
+    path: str,
+    edge: Edge,
+    shape: RingShape,
+    device: torch.device,
+    clock: StageClock | None = None,
+) -> Receiver:
     """Make the receiving end of ``edge``; ``path`` is the setting ``handoff``.
+
+    ``clock`` counts its waits; None: nobody asks for them.
 
     Raises:
         HandoffError: the path is not known here, or its memory cannot be had.
     """
-    return _RECEIVERS[_known(_AUTO if path == "auto" else path, edge)](edge, shape, device)
+    return _RECEIVERS[_known(_AUTO if path == "auto" else path, edge)](edge, shape, device, clock)
 
 
 def open_sender(
-    handle: Mapping[str, Any], edge: Edge, shape: RingShape, device: torch.device
+    handle: Mapping[str, Any],
+    edge: Edge,
+    shape: RingShape,
+    device: torch.device,
+    clock: StageClock | None = None,
 ) -> Sender:
     """Open the ring that ``handle`` describes, by the path that its receiver chose.
 
@@ -43,7 +56,7 @@ def open_sender(
             ring cannot be opened; names the edge.
     """
     path = _known(str(handle.get("path")), edge)
-    return _SENDERS[path](edge, shape, device, handle)
+    return _SENDERS[path](edge, shape, device, handle, clock)
 
 
 def _known(path: str, edge: Edge) -> str:

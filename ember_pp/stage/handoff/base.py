@@ -14,8 +14,9 @@ number and token count beside the flags are checked by the receiver.
     cuda_ipc      device memory by IPC       later: stream memory operations, no host on the path
     collective    torch.distributed          later: for edges between hosts
 
-A path whose waits happen on the device enqueues them in ``receive``, ``release`` and ``send``
-and returns at once; ``waited_ns`` then counts host time only.
+Each end counts its waits on the ``StageClock`` of its stage. A path whose waits happen on the
+device enqueues them in ``receive``, ``release`` and ``send`` and returns at once; the clock then
+sees host time only.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ember_pp.errors import HandoffError
+from ember_pp.stage.timing import StageClock
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,11 +108,10 @@ class _End(abc.ABC):
 
     path: ClassVar[str]
 
-    def __init__(self, edge: Edge, shape: RingShape) -> None:
+    def __init__(self, edge: Edge, shape: RingShape, clock: StageClock | None) -> None:
         self.edge = edge
         self.shape = shape
-        self.waited_ns = 0
-        """Host time spent in waits so far."""
+        self._clock = clock or StageClock()
 
     @property
     @abc.abstractmethod

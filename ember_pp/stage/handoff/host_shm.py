@@ -36,6 +36,7 @@ from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
 from ember_pp.stage.capacity import available_bytes
 from ember_pp.stage.handoff.base import Edge, Receiver, RingShape, Sender, Wait
 from ember_pp.stage.handoff.semaphore import SEMAPHORE_BYTES, SharedSemaphore
+from ember_pp.stage.timing import WAIT_INPUT, WAIT_OUTPUT, StageClock
 
 _MAGIC = b"emberR01"
 _NONCE_BYTES = 16
@@ -86,13 +87,20 @@ class _Ring:
 class _Flags:
     """One side's waits on its own flags: counted, explainable, ended by ``close``."""
 
-    def __init__(self, edge: Edge, semaphores: list[SharedSemaphore], *, is_for_ready: bool):
+    def __init__(
+        self,
+        edge: Edge,
+        semaphores: list[SharedSemaphore],
+        clock: StageClock,
+        *,
+        is_for_ready: bool,
+    ) -> None:
         self._edge = edge
+        self._clock = clock
         self._semaphores = semaphores
         self._is_for_ready = is_for_ready
         self._is_closed = False
         self.current: Wait | None = None
-        self.waited_ns = 0
 
     def take(self, plan: int, slot: int, timeout_s: float) -> None:
         """Sleep until the flag of ``slot`` is set, and take it."""
@@ -108,12 +116,12 @@ class _Flags:
             )
 
     def _sleep(self, plan: int, slot: int, timeout_s: float) -> bool:
-        started_ns = time.monotonic_ns()
-        self.current = Wait(self._edge, plan, slot, self._is_for_ready, started_ns)
+        state_before = self._clock.enter(WAIT_INPUT if self._is_for_ready else WAIT_OUTPUT)
+        self.current = Wait(self._edge, plan, slot, self._is_for_ready, time.monotonic_ns())
         # Read after ``current`` is set and before sleeping; ``close`` sets it before it posts.
         is_taken = self._is_closed or self._semaphores[slot].wait(timeout_s)
         self.current = None
-        self.waited_ns += time.monotonic_ns() - started_ns
+        self._clock.enter(state_before)
         return is_taken
 
     def close(self) -> None:
@@ -130,6 +138,7 @@ class HostShmReceiver(Receiver):
         edge: names the edge in errors.
         shape: slots and their size.
         device: where ``receive`` puts hidden states; a CPU stage gets the slot itself.
+        clock: counts waits; None: nobody asks for them.
 
     Raises:
         HandoffError: the memory cannot be had.
@@ -137,8 +146,14 @@ class HostShmReceiver(Receiver):
 
     path = "host_shm"
 
-    def __init__(self, edge: Edge, shape: RingShape, device: torch.device) -> None:
-        super().__init__(edge, shape)
+    def __init__(
+        self,
+        edge: Edge,
+        shape: RingShape,
+        device: torch.device,
+        clock: StageClock | None = None,
+    ) -> None:
+        super().__init__(edge, shape, clock)
         self._device = device
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._fd = _create_memory(edge, ring_bytes(shape))
@@ -148,7 +163,7 @@ class HostShmReceiver(Receiver):
             ready.initialise(0)
             free.initialise(1)
         self._ring.memory[: len(_MAGIC) + _NONCE_BYTES] = _MAGIC + self._nonce
-        self._flags = _Flags(edge, self._ring.ready, is_for_ready=True)
+        self._flags = _Flags(edge, self._ring.ready, self._clock, is_for_ready=True)
         self._copied: torch.cuda.Event | None = None
 
     @property
@@ -168,7 +183,7 @@ class HostShmReceiver(Receiver):
     def receive(self, plan: int, num_tokens: int, *, timeout_s: float = math.inf) -> Tensor:
         slot = plan % self.shape.num_slots
         self._flags.take(plan, slot, timeout_s)
-        self.waited_ns = self._flags.waited_ns
+        self._clock.mark_received()
         if (found := self._ring.read_tag(slot)) != (plan, num_tokens):
             raise ProtocolError(
                 f"edge {self.edge}: slot {slot} holds plan {found[0]} with {found[1]} tokens; "
@@ -202,9 +217,14 @@ class HostShmSender(Sender):
     path = "host_shm"
 
     def __init__(
-        self, edge: Edge, shape: RingShape, device: torch.device, handle: Mapping[str, Any]
+        self,
+        edge: Edge,
+        shape: RingShape,
+        device: torch.device,
+        handle: Mapping[str, Any],
+        clock: StageClock | None = None,
     ) -> None:
-        super().__init__(edge, shape)
+        super().__init__(edge, shape, clock)
         shape.check_handle(handle, edge)
         self._device = device
         fd = _open_memory(edge, handle)
@@ -217,7 +237,7 @@ class HostShmSender(Sender):
         proof = _MAGIC + bytes.fromhex(str(handle["nonce"]))
         if self._ring.memory[: len(proof)] != proof:
             raise HandoffError(f"edge {edge}: {_foreign(handle)}: not the ring of this handle")
-        self._flags = _Flags(edge, self._ring.free, is_for_ready=False)
+        self._flags = _Flags(edge, self._ring.free, self._clock, is_for_ready=False)
 
     @property
     def wait(self) -> Wait | None:
@@ -227,12 +247,12 @@ class HostShmSender(Sender):
         num_tokens = self._check(plan, hidden_states)
         slot = plan % self.shape.num_slots
         self._flags.take(plan, slot, timeout_s)
-        self.waited_ns = self._flags.waited_ns
         is_cuda = self._device.type == "cuda"
         self._ring.slots[slot][:num_tokens].copy_(hidden_states, non_blocking=is_cuda)
         self._ring.write_tag(slot, plan, num_tokens)
         if is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
+        self._clock.mark_sent()
         self._ring.ready[slot].post()
 
     def _check(self, plan: int, hidden_states: Tensor) -> int:

@@ -1,0 +1,227 @@
+"""StageClock: the parts add up to the time since the start, whatever happens and whoever asks."""
+
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ember_pp.protocol import unpack_i64
+from ember_pp.stage.timing import (
+    BUSY,
+    WAIT_INPUT,
+    WAIT_OUTPUT,
+    PlanRecorder,
+    StageClock,
+    StageState,
+)
+
+
+class FakeTime:
+    """Nanoseconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now_ns = 1_000
+
+    def __call__(self):
+        return self.now_ns
+
+
+@pytest.fixture
+def now():
+    return FakeTime()
+
+
+def parts_of(times):
+    return {
+        "busy": times.busy_ns,
+        "wait_input": times.wait_input_ns,
+        "wait_output": times.wait_output_ns,
+        "host_gap": times.host_gap_ns,
+        "idle": times.idle_ns,
+        "open": times.open_ns,
+    }
+
+
+def expect(clock, **parts):
+    """Exactly these parts, and nothing else."""
+    found = parts_of(clock.totals())
+    assert found == dict.fromkeys(found, 0) | parts
+    assert clock.totals().elapsed_ns == sum(parts.values())
+
+
+def test_each_part_is_what_passed_in_it(now):
+    clock = StageClock(now)
+    now.now_ns += 5
+    expect(clock, open=5)
+    clock.begin_plan(after_idle=True)
+    now.now_ns += 10
+    before = clock.enter(WAIT_INPUT)
+    now.now_ns += 20
+    expect(clock, idle=5, busy=10, wait_input=20)
+    clock.enter(before)
+    now.now_ns += 40
+    clock.enter(WAIT_OUTPUT)
+    now.now_ns += 80
+    clock.enter(BUSY)
+    clock.end_plan(0)
+    now.now_ns += 160
+    expect(clock, idle=5, busy=50, wait_input=20, wait_output=80, open=160)
+    clock.begin_plan(after_idle=False)
+    now.now_ns += 320
+    expect(clock, idle=5, busy=370, wait_input=20, wait_output=80, host_gap=160)
+
+
+def test_a_wait_between_plans_is_no_wait_for_input(now):
+    """The probe of an edge waits too, before the first plan."""
+    clock = StageClock(now)
+    before = clock.enter(WAIT_INPUT)
+    now.now_ns += 7
+    clock.enter(before)
+    expect(clock, open=7)
+    clock.begin_plan(after_idle=True)
+    expect(clock, idle=7)
+
+
+def test_start_forgets_what_was(now):
+    clock = StageClock(now)
+    clock.begin_plan(after_idle=True)
+    now.now_ns += 100
+    clock.start()
+    now.now_ns += 3
+    expect(clock, open=3)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["begin", "begin after idle", "end", BUSY, WAIT_INPUT, WAIT_OUTPUT]),
+        st.integers(0, 1000),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_the_parts_add_up_and_never_shrink(steps):
+    now = FakeTime()
+    started_ns = now.now_ns
+    clock = StageClock(now)
+    counted = parts_of(clock.totals())
+    for step, passed_ns in steps:
+        now.now_ns += passed_ns
+        if step == "end":
+            clock.end_plan(0)
+        elif isinstance(step, str):
+            clock.begin_plan(after_idle=step.endswith("idle"))
+        else:
+            clock.enter(step)
+        times = clock.totals()
+        found = parts_of(times)
+        assert sum(found.values()) == times.elapsed_ns == now.now_ns - started_ns
+        del found["open"]  # decided with the next plan
+        assert all(found[part] >= counted[part] for part in found)
+        counted = found
+
+
+def test_another_thread_sees_parts_that_fit_each_other():
+    """Each switch moves time from one field to another: never both, never neither."""
+    clock = StageClock()
+    is_done = threading.Event()
+
+    def work():
+        while not is_done.is_set():
+            clock.begin_plan(after_idle=False)
+            clock.enter(clock.enter(WAIT_INPUT))
+            clock.end_plan(0)
+
+    worker = threading.Thread(target=work, daemon=True)
+    began_ns = time.monotonic_ns()
+    clock.start()
+    started_ns = time.monotonic_ns()
+    worker.start()
+    counted = 0
+    for _ in range(500):
+        low_ns = time.monotonic_ns() - started_ns
+        times = clock.totals()
+        high_ns = time.monotonic_ns() - began_ns
+        assert low_ns <= times.elapsed_ns <= high_ns
+        assert times.elapsed_ns - times.open_ns >= counted
+        counted = times.elapsed_ns - times.open_ns
+    is_done.set()
+    worker.join(10)
+
+
+# ------------------------------------------------------------------ recorder
+
+
+def unpack(packed, size):
+    values = unpack_i64(packed).tolist()
+    return [tuple(values[i : i + size]) for i in range(0, len(values), size)]
+
+
+def test_a_recorder_keeps_plans_and_waits(now):
+    recorder = PlanRecorder(2, 9, post=lambda batch: pytest.fail(f"too early: {batch}"))
+    clock = StageClock(now)
+    clock.start(recorder)
+    now.now_ns = 2_000
+    clock.begin_plan(after_idle=False)
+    now.now_ns = 2_100
+    before = clock.enter(WAIT_INPUT)
+    now.now_ns = 2_300
+    clock.enter(before)
+    clock.mark_received()
+    now.now_ns = 2_900
+    clock.mark_sent()
+    now.now_ns = 3_000
+    clock.end_plan(4)
+    trace = recorder.take()
+    assert (trace.epoch, trace.stage_index) == (9, 2)
+    assert unpack(trace.plans, 5) == [(4, 2_000, 2_300, 2_900, 3_000)]
+    assert unpack(trace.waits, 3) == [
+        (StageState.HOST_GAP, 1_000, 2_000),
+        (StageState.WAIT_INPUT, 2_100, 2_300),
+    ]
+
+
+def test_marks_of_one_plan_are_not_those_of_the_next(now):
+    posted = []
+    clock = StageClock(now)
+    clock.start(PlanRecorder(0, 0, posted.append))
+    for plan in range(2):
+        clock.begin_plan(after_idle=False)
+        if plan == 0:
+            clock.mark_received()
+            clock.mark_sent()
+        now.now_ns += 10**9
+        clock.end_plan(plan)
+    plans = [fields for trace in posted for fields in unpack(trace.plans, 5)]
+    assert [fields[2:4] for fields in plans] == [(1_000, 1_000), (0, 0)]
+
+
+def test_a_recorder_holds_a_bounded_number_of_plans(now):
+    posted = []
+    recorder = PlanRecorder(0, 0, posted.append)
+    clock = StageClock(now)
+    clock.start(recorder)
+    for plan in range(2_000):  # in no time at all
+        clock.begin_plan(after_idle=False)
+        clock.end_plan(plan)
+    batches = [unpack(trace.plans, 5) for trace in [*posted, recorder.take()]]
+    assert [fields[0] for batch in batches for fields in batch] == list(range(2_000))
+    assert max(len(batch) for batch in batches) <= 512
+    assert unpack(recorder.take().plans, 5) == []
+
+
+def test_a_switch_costs_next_to_nothing():
+    """Eight switches a plan of 1 ms are to be under 1 %; the bound here is for busy machines."""
+    clock = StageClock()
+    clock.begin_plan(after_idle=False)
+    costs_ns = []
+    for _ in range(5):
+        started_ns = time.perf_counter_ns()
+        for _ in range(2_000):
+            clock.enter(WAIT_INPUT)
+        costs_ns.append((time.perf_counter_ns() - started_ns) / 2_000)
+    assert min(costs_ns) < 5_000
