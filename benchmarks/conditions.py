@@ -24,6 +24,18 @@ def conditions() -> dict[str, Any]:
     }
 
 
+def gpu_conditions() -> dict[str, Any]:
+    """Card, driver and clocks of the first GPU, as ``nvidia-smi`` says now."""
+    fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    values = [value.strip() for value in output.split(",")]
+    return dict(zip(("card", *fields[1:]), values, strict=True))
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

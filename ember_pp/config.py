@@ -394,9 +394,9 @@ class Config:
     """``job=plan`` measures the model's layers on the devices first, and stores the times."""
     handoff: Literal["auto", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
-    kernels: Literal["auto", "reference"] = "auto"
-    """Implementation of the model's operations; ``reference`` is plain torch, which is all that
-    this version has."""
+    kernels: Literal["auto", "cuda", "reference"] = "auto"
+    """Implementation of the model's operations: own CUDA kernels, or plain torch; ``auto`` is
+    ``cuda`` on a CUDA device that has the extra ``cuda`` installed."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe log line that goes to stderr."""
 

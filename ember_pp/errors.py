@@ -11,6 +11,8 @@ EmberError                  base of all; ``code`` is its name on the wire
     PipelineError           the whole pipeline ended, and every open request with it
     CheckpointError         a checkpoint file or tensor is missing, extra, damaged or misshapen
     KernelArgumentError     a tensor has the wrong shape, dtype or device       (also ValueError)
+    KernelBuildError        a CUDA kernel could not be built; holds the compiler's log
+    KernelLaunchError       the driver refused to start a CUDA kernel
     TransportError
         ProtocolError       bytes that are no message of ours, or another version
         AddressError        an address cannot be bound, connected to, or is not allowed
@@ -122,6 +124,18 @@ class KernelArgumentError(EmberError, ValueError):
     """A tensor argument has the wrong shape, dtype or device; names argument, wanted, given."""
 
     code = "kernel_argument"
+
+
+class KernelBuildError(EmberError):
+    """A CUDA kernel could not be built: the compiler is missing, or its log is in the text."""
+
+    code = "kernel_build"
+
+
+class KernelLaunchError(EmberError):
+    """The driver refused to start a CUDA kernel; names the kernel and says why."""
+
+    code = "kernel_launch"
 
 
 class TransportError(EmberError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from conftest import BLOCK_SIZE
 from ember_pp.checkpoint import Checkpoint, read_config
+from ember_pp.kernels import make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.partition import split_layers
 from ember_pp.stage.input_batch import BatchInputs
@@ -41,19 +43,21 @@ class PagedModel:
         num_stages: int = 1,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        kernels: Literal["auto", "cuda", "reference"] = "auto",
     ) -> None:
         self.cfg = cfg or ModelConfig.from_hf(read_config(folder))
         checkpoint = None if folder is None else Checkpoint.open(folder)
         if checkpoint is not None:
             checkpoint.check(self.cfg)
         self.device = device
+        ops = make_ops(kernels, torch.device(device))
         self.stages: list[tuple[StageModel, KVCache]] = []
         for stage, (start, end) in enumerate(split_layers(self.cfg, num_stages, "equal")):
             ends = {"is_first": stage == 0, "is_last": stage == num_stages - 1}
             weights = load_stage(
                 checkpoint, self.cfg, start, end, dtype=dtype, device=device, **ends
             )
-            model = StageModel(self.cfg, weights, start, end, **ends)
+            model = StageModel(self.cfg, weights, start, end, **ends, ops=ops)
             cache = KVCache.allocate(self.cfg, end - start, NUM_BLOCKS, BLOCK_SIZE, dtype, device)
             cache.storage.fill_(float("nan"))
             self.stages.append((model, cache))

@@ -1,6 +1,7 @@
 """Rules of the repository that no other tool checks: who owns what, and what is not allowed."""
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
@@ -17,6 +18,7 @@ PACKAGE = ROOT / "ember_pp"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 # One file owns each outside library; torch is for what runs on a device.
 OWNERS = {
@@ -28,11 +30,17 @@ OWNERS = {
     "jinja2": {"template_sandbox.py"},
     "safetensors": {"checkpoint.py"},
     "huggingface_hub": {"checkpoint.py"},
+    "cuda": {"kernels/build.py", "kernels/launch.py"},
     "PIL": {"coordinator/drawing.py"},
 }
 TORCH_ROOMS = ("kernels/", "stage/", "checkpoint.py")
 # The environment is read in one place; the launcher hands a secret to the process it starts.
-ENVIRONMENT_READERS = {"__main__.py", "coordinator/launcher.py", "stage/__main__.py"}
+ENVIRONMENT_READERS = {
+    "__main__.py",
+    "coordinator/launcher.py",
+    "kernels/build.py",
+    "stage/__main__.py",
+}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 
@@ -99,6 +107,7 @@ def test_only_declared_dependencies_are_imported():
     modules["pillow"] = "PIL"
     allowed = {modules.get(name, name) for name in declared}
     allowed |= {"omegaconf", "ember_pp"}  # omegaconf is part of what hydra-core is
+    allowed |= {"cuda"}  # of the extra "cuda"; imported where a kernel is built or loaded
     allowed |= set(sys.stdlib_module_names)
     used = {module.partition(".")[0] for tree in TREES.values() for module in imports(tree)}
     assert used - allowed == set()
@@ -211,6 +220,30 @@ def test_functions_and_files_stay_small():
     assert {name: size for name, size in sizes.items() if size > 650} == {}
 
 
+KERNEL_PAGE = ("What", "Shapes", "Mapping", "Bound", "Tried", "Test", "Bench", "Source")
+
+
+def test_every_kernel_file_is_a_page():
+    """What it computes, how, what bounds it, and where it is tested; no header but our own."""
+    folder = PACKAGE / "kernels" / "csrc"
+    files = sorted(folder.glob("*.cuh"))
+    assert folder / "device.cuh" in files
+    for path in files:
+        text = path.read_text(encoding="ascii")
+        page, _, code = text.partition("*/")
+        includes = re.findall(r"#include (.*)", code)
+        assert set(includes) <= {f'"{name.name}"' for name in files}, path.name
+        if "__global__" in code:
+            fields = set(re.findall(r"(?:^ \* |  )([A-Z][a-z]+)  +\S", page, re.M))
+            assert set(KERNEL_PAGE) - fields == set(), path.name
+            tests = re.findall(r"\btest_\w+\.py", page)
+            assert tests, path.name
+            assert [name for name in tests if not list(ROOT.glob(f"tests/**/{name}"))] == []
+        bodies = re.split(r"^};?$", code, flags=re.M)
+        longest = max(len(body.splitlines()) for body in bodies)
+        assert longest <= 120, f"{path.name}: a function of {longest} lines"
+
+
 def test_the_version_is_one():
     assert PROJECT["version"] == __version__
 
@@ -221,9 +254,10 @@ def test_what_is_needed_is_pinned():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line and not line.startswith("#")
     )
-    needed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    needed = [*PROJECT["dependencies"], *itertools.chain(*EXTRAS.values())]
     names = {re.split(r"[<>=]", line)[0].lower() for line in needed}
     assert names - pins.keys() == set()
+    assert set(EXTRAS["cuda"]) <= set(EXTRAS["dev"]), "CI compiles every kernel"
 
 
 def test_ci_runs_scripts_check_and_nothing_else():

@@ -65,7 +65,9 @@ def test_holds_the_presets_the_demo_model_and_no_tests(wheel):
     }
     demo = (ROOT / "ember_pp" / "demo").rglob("*")
     expected |= {path.relative_to(ROOT).as_posix() for path in demo if path.is_file()}
-    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "ember_pp").rglob("*.py")}
+    for suffix in ("py", "cuh"):
+        code = (ROOT / "ember_pp").rglob(f"*.{suffix}")
+        expected |= {path.relative_to(ROOT).as_posix() for path in code}
     expected.add("ember_pp/cards.json")
     expected |= {f"ember_pp-{__version__}.dist-info/licenses/LICENSE"}
     expected = {name for name in expected if "__pycache__" not in name}

@@ -1,23 +1,7 @@
-"""The operations of the model, and their plain torch references."""
+"""The operations of the model: ``Ops``, made by ``make_ops`` for a device."""
 
-from ember_pp.kernels.ops import (
-    add_rms_norm,
-    embedding,
-    linear,
-    paged_attention,
-    qk_norm_rope,
-    rms_norm,
-    store_kv,
-    swiglu,
-)
+from ember_pp.kernels.ops import Ops, make_ops
+from ember_pp.kernels.paged_rows import PagedRows
+from ember_pp.kernels.rope_rows import RopeRows
 
-__all__ = [
-    "add_rms_norm",
-    "embedding",
-    "linear",
-    "paged_attention",
-    "qk_norm_rope",
-    "rms_norm",
-    "store_kv",
-    "swiglu",
-]
+__all__ = ["Ops", "PagedRows", "RopeRows", "make_ops"]

@@ -1,7 +1,8 @@
 """The operations of the model: documented, checked by argument name, dispatched.
 
-Today every device runs ``reference.py``. A faster kernel for a device is chosen here, by
-shape and card and never by timing, so that equal plans give equal bits.
+An ``Ops`` has one implementation for its life, which ``make_ops`` chooses for a device:
+``reference.py`` in plain torch, or ``cuda_ops.py``. The latter chooses a kernel by shape and
+card, never by timing, so that equal plans give equal bits.
 
 Shape letters: T tokens, D hidden, O and I widths of a projection, H query heads, K KV heads,
 d head dim, B blocks, S block size, V vocabulary. "Model dtype" is bf16 or fp32, the same for
@@ -10,226 +11,296 @@ all arguments of a call unless noted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ember_pp.errors import KernelArgumentError
+from ember_pp.errors import ConfigError, KernelArgumentError, KernelBuildError
 from ember_pp.kernels import reference
 from ember_pp.kernels.paged_rows import PagedRows
+from ember_pp.kernels.rope_rows import RopeRows
+
+_logger = logging.getLogger(__name__)
 
 
-def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
-    """Look up the rows of a batch of tokens: ``weight[token_ids]``.
+def make_ops(kernels: Literal["auto", "cuda", "reference"], device: torch.device) -> Ops:
+    """The operations for tensors on ``device``, as the setting ``kernels`` asks.
 
-    Shapes:
-        token_ids:  [T] int64  each in ``[0, V)``
-        weight:     [V, D]     model dtype
-        returns:    [T, D]
-
-    Numerics: exact copy.
-
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
-    """
-    _check_dims("weight", weight, 2)
-    _check_dims("token_ids", token_ids, 1)
-    _check("token_ids", token_ids, token_ids.shape, torch.int64, weight.device)
-    return reference.embedding(token_ids, weight)
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Project: ``input @ weight.T + bias``.
-
-    Shapes:
-        input:    [T, I]  model dtype
-        weight:   [O, I]  as checkpoints store it
-        bias:     [O]     or None
-        returns:  [T, O]
-
-    Numerics: fp32 accumulation, rounded once (bf16: the bias is added before rounding).
+    ``auto`` is CUDA kernels on a CUDA device that has what they need, with a warning where it
+    has not, and the reference elsewhere.
 
     Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
+        ConfigError: ``cuda`` for a device that is none.
+        KernelBuildError: ``cuda`` without what building needs; says what to install.
     """
-    _check_dims("input", input, 2)
-    _check_dims("weight", weight, 2)
-    _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
-    if bias is not None:
-        _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
-    return reference.linear(input, weight, bias)
+    if kernels == "cuda" and device.type != "cuda":
+        raise ConfigError(f"kernels: cuda needs a CUDA device, the stage is on {device}")
+    if kernels == "reference" or device.type != "cuda":
+        return Ops(reference)
+    from ember_pp.kernels.cuda_ops import CudaOps
+
+    try:
+        return Ops(CudaOps(device))
+    except KernelBuildError as error:
+        if kernels == "cuda":
+            raise
+        _logger.warning("kernels: reference, far slower than CUDA kernels: %s", error)
+        return Ops(reference)
 
 
-def rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise each token: ``input / sqrt(mean(input ** 2) + eps) * weight``.
+class Backend(Protocol):
+    """An implementation of the operations: their signatures, without the checks."""
 
-    Shapes:
-        input, returns:  [T, D]  model dtype
-        weight:          [D]
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """See ``Ops.embedding``."""
 
-    Numerics: mean and root in fp32, rounded to the dtype before ``weight`` multiplies.
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See ``Ops.linear``."""
 
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
+    def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See ``Ops.rms_norm``."""
 
-    Source: Zhang and Sennrich, NeurIPS 2019; the order of rounding is that of transformers.
-    """
-    _check_dims("input", input, 2)
-    _check("weight", weight, (input.shape[1],), input.dtype, input.device)
-    return reference.rms_norm(input, weight, eps)
+    def add_rms_norm(
+        self, input: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm``."""
+
+    def qk_norm_rope_store_kv(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        rope: RopeRows,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> Tensor:
+        """See ``Ops.qk_norm_rope_store_kv``."""
+
+    def paged_attention(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
+    ) -> Tensor:
+        """See ``Ops.paged_attention``."""
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """See ``Ops.swiglu``."""
 
 
-def add_rms_norm(
-    input: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Add the residual, then normalise: ``(rms_norm(sum), sum)``, ``sum = input + residual``.
+class Ops:
+    """The operations of the model on one device; arguments are checked by name."""
 
-    Shapes:
-        input, residual, both returned:  [T, D]  model dtype
-        weight:                          [D]
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
-    Numerics: the sum is rounded to the dtype *before* the norm reads it, as it is when it
-    crosses an edge between stages; so results do not depend on where layers are split.
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Look up the rows of a batch of tokens: ``weight[token_ids]``.
 
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
-    """
-    _check_dims("input", input, 2)
-    _check("residual", residual, input.shape, input.dtype, input.device)
-    _check("weight", weight, (input.shape[1],), input.dtype, input.device)
-    return reference.add_rms_norm(input, residual, weight, eps)
+        Shapes:
+            token_ids:  [T] int64  each in ``[0, V)``
+            weight:     [V, D]     model dtype
+            returns:    [T, D]
 
+        Numerics: exact copy.
 
-def qk_norm_rope(
-    qkv: Tensor,
-    norm_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a fused projection: per-head RMSNorm, then RoPE.
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("weight", weight, 2)
+        _check_dims("token_ids", token_ids, 1)
+        _check("token_ids", token_ids, token_ids.shape, torch.int64, weight.device)
+        return self._backend.embedding(token_ids, weight)
 
-    ``x * cos + swap_halves(x) * sin`` for each query and key head ``x``, normalised first
-    where ``norm_weight`` is given. Values pass unchanged.
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Project: ``input @ weight.T + bias``.
 
-    Shapes:
-        qkv:          [T, (H + 2K) * d]  query heads, key heads, value heads; model dtype
-        norm_weight:  [H + K, d]         weight of each query and key head; None: no norm
-        cos, sin:     [T, d] fp32        at the token's position; the first half of ``sin``
-                                         is negated, so that no sign is left to apply
-        returns:      query [T, H, d], key [T, K, d], value [T, K, d]; may be views of one
-                      tensor, last dim contiguous
+        Shapes:
+            input:    [T, I]  model dtype
+            weight:   [O, I]  as checkpoints store it
+            bias:     [O]     or None
+            returns:  [T, O]
 
-    Numerics: norm as ``rms_norm``; rotation in fp32, rounded once.
+        Numerics: fp32 accumulation, rounded once (bf16: the bias is added before rounding).
 
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("input", input, 2)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        if bias is not None:
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+        return self._backend.linear(input, weight, bias)
 
-    Source: Su et al., 2021, in the two-halves layout of Hugging Face checkpoints.
-    """
-    _check_dims("qkv", qkv, 2)
-    head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    if head_dim * (num_heads + 2 * num_kv_heads) != qkv.shape[1]:
-        raise KernelArgumentError(
-            f"qkv: expected [T, ({num_heads} + 2 * {num_kv_heads}) * d], got {list(qkv.shape)}"
+    def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalise each token: ``input / sqrt(mean(input ** 2) + eps) * weight``.
+
+        Shapes:
+            input, returns:  [T, D]  model dtype
+            weight:          [D]
+
+        Numerics: mean and root in fp32, rounded to the dtype before ``weight`` multiplies.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+
+        Source: Zhang and Sennrich, NeurIPS 2019; the order of rounding is that of transformers.
+        """
+        _check_dims("input", input, 2)
+        _check("weight", weight, (input.shape[1],), input.dtype, input.device)
+        return self._backend.rms_norm(input, weight, eps)
+
+    def add_rms_norm(
+        self, input: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, then normalise: ``(rms_norm(sum), sum)``, ``sum = input + residual``.
+
+        Shapes:
+            input, residual, both returned:  [T, D]  model dtype
+            weight:                          [D]
+
+        Numerics: the sum is rounded to the dtype *before* the norm reads it, as it is when it
+        crosses an edge between stages; so results do not depend on where layers are split.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("input", input, 2)
+        _check("residual", residual, input.shape, input.dtype, input.device)
+        _check("weight", weight, (input.shape[1],), input.dtype, input.device)
+        return self._backend.add_rms_norm(input, residual, weight, eps)
+
+    def qk_norm_rope_store_kv(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        rope: RopeRows,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> Tensor:
+        """From a fused projection to queries; keys and values go to the paged KV cache.
+
+        ``bias`` is added where it is given. Each query and key head ``x`` is normalised where
+        ``norm_weight`` is given, then turned: ``x * cos + swap_halves(x) * sin``. Token ``t``'s key
+        and value go to ``cache.flatten(0, 1)[slot_mapping[t]]`` unless the slot is negative; other
+        slots keep their bytes.
+
+        Shapes:
+            qkv:               [T, (H + 2K) * d]  query heads, key heads, value heads; model dtype
+            bias:              [(H + 2K) * d]
+            norm_weight:       [H + K, d]         weight of each query and key head; None: no norm
+            rope:              of T tokens
+            k_cache, v_cache:  [B, S, K, d]       contiguous, written in place
+            slot_mapping:      [T] int64          ``block_id * S + offset``; -1 = do not store
+            returns:           query [T, H, d]    may be a view, last dim contiguous
+
+        Numerics: the sum with ``bias`` is rounded; norm as ``rms_norm``; rotation in fp32, rounded
+        once. Two tokens with the same slot are a scheduler bug; the result is then unspecified.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+
+        Source: Su et al., 2021, in the two-halves layout of Hugging Face checkpoints; the slots are
+        those of vLLM's PagedAttention (Kwon et al., SOSP 2023).
+        """
+        _check_dims("qkv", qkv, 2)
+        num_tokens, width = qkv.shape
+        head_dim = width // (num_heads + 2 * num_kv_heads)
+        if head_dim * (num_heads + 2 * num_kv_heads) != width:
+            raise KernelArgumentError(
+                f"qkv: expected [T, ({num_heads} + 2 * {num_kv_heads}) * d], got {list(qkv.shape)}"
+            )
+        if bias is not None:
+            _check("bias", bias, (width,), qkv.dtype, qkv.device)
+        if norm_weight is not None:
+            shape = (num_heads + num_kv_heads, head_dim)
+            _check("norm_weight", norm_weight, shape, qkv.dtype, qkv.device)
+        _check_dims("rope.table", rope.table, 2)
+        table_shape = (rope.table.shape[0], head_dim)
+        _check("rope.table", rope.table, table_shape, torch.float32, qkv.device)
+        _check("rope.positions", rope.positions, (num_tokens,), torch.int64, qkv.device)
+        _check_caches(k_cache, v_cache, (num_kv_heads, head_dim), qkv)
+        _check("slot_mapping", slot_mapping, (num_tokens,), torch.int64, qkv.device)
+        return self._backend.qk_norm_rope_store_kv(
+            qkv,
+            bias,
+            norm_weight,
+            rope,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            eps=eps,
         )
-    if norm_weight is not None:
-        shape = (num_heads + num_kv_heads, head_dim)
-        _check("norm_weight", norm_weight, shape, qkv.dtype, qkv.device)
-    _check("cos", cos, (qkv.shape[0], head_dim), torch.float32, qkv.device)
-    _check("sin", sin, (qkv.shape[0], head_dim), torch.float32, qkv.device)
-    return reference.qk_norm_rope(
-        qkv, norm_weight, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, eps=eps
-    )
 
+    def paged_attention(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
+    ) -> Tensor:
+        """Causal attention of each new token over its sequence's slots in the KV cache.
 
-def store_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Store this step's keys and values in the paged KV cache, in place.
+        ``softmax(q k^T * scale) v`` over the row's context up to and with the token itself, whose
+        key and value are stored already. Query heads ``h * G .. h * G + G - 1`` share KV head
+        ``h``, ``G = H / K``. Rows are decodes and prefill chunks alike.
 
-    ``k_cache.flatten(0, 1)[slot_mapping[t]] = key[t]`` for each token ``t`` whose slot is not
-    negative, and likewise for values. Other slots keep their bytes.
+        Shapes:
+            query, returns:    [T, H, d]     model dtype
+            k_cache, v_cache:  [B, S, K, d]  contiguous
+            rows:              ``PagedRows.build`` of the step, T tokens in all
 
-    Shapes:
-        key, value:        [T, K, d]     model dtype
-        k_cache, v_cache:  [B, S, K, d]  contiguous
-        slot_mapping:      [T] int64     ``block_id * S + offset``; -1 = do not store
+        Numerics: softmax and sums in fp32. A row's result depends on the other rows by rounding
+        at most; slots outside its context are not read, so garbage there, NaN too, is harmless.
 
-    Numerics: exact copy. Two tokens with the same slot are a scheduler bug; the result is then
-    unspecified.
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
 
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
+        Source: Kwon et al., SOSP 2023, for the layout; grouped queries: Ainslie et al., 2023.
+        """
+        _check_dims("query", query, 3)
+        _check_dims("k_cache", k_cache, 4)
+        num_kv_heads = k_cache.shape[2]
+        _check_caches(k_cache, v_cache, (num_kv_heads, query.shape[2]), query)
+        if query.shape[1] % num_kv_heads:
+            raise KernelArgumentError(
+                f"query: expected a multiple of the cache's {num_kv_heads} heads, "
+                f"got {query.shape[1]}"
+            )
+        if query.shape[0] != rows.num_tokens:
+            raise KernelArgumentError(
+                f"rows: expected {query.shape[0]} tokens as in query, got {rows.num_tokens}"
+            )
+        return self._backend.paged_attention(query, k_cache, v_cache, rows, scale=scale)
 
-    Source: the slot layout of vLLM's PagedAttention (Kwon et al., SOSP 2023).
-    """
-    _check_dims("key", key, 3)
-    _check("value", value, key.shape, key.dtype, key.device)
-    _check_caches(k_cache, v_cache, key.shape[1], key)
-    _check("slot_mapping", slot_mapping, (key.shape[0],), torch.int64, key.device)
-    reference.store_kv(key, value, k_cache, v_cache, slot_mapping)
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """Gated activation: ``silu(gate) * up`` of the two halves of the last dimension.
 
+        Shapes:
+            gate_up:  [T, 2I]  gate, then up; model dtype
+            returns:  [T, I]
 
-def paged_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
-) -> Tensor:
-    """Causal attention of each new token over its sequence's slots in the KV cache.
+        Numerics: silu in fp32, rounded, then multiplied.
 
-    ``softmax(q k^T * scale) v`` over the row's context up to and with the token itself, whose
-    key and value are stored already. Query heads ``h * G .. h * G + G - 1`` share KV head
-    ``h``, ``G = H / K``. Rows are decodes and prefill chunks alike.
+        Raises:
+            KernelArgumentError: the shape differs from the above.
 
-    Shapes:
-        query, returns:    [T, H, d]     model dtype
-        k_cache, v_cache:  [B, S, K, d]  contiguous
-        rows:              ``PagedRows.build`` of the step, T tokens in all
-
-    Numerics: softmax and sums in fp32. A row's result depends on the other rows by rounding
-    at most; slots outside its context are not read, so garbage there, NaN too, is harmless.
-
-    Raises:
-        KernelArgumentError: a shape, dtype or device differs from the above.
-
-    Source: Kwon et al., SOSP 2023, for the layout; grouped queries: Ainslie et al., 2023.
-    """
-    _check_dims("query", query, 3)
-    _check_dims("k_cache", k_cache, 4)
-    num_kv_heads = k_cache.shape[2]
-    _check_caches(k_cache, v_cache, num_kv_heads, query)
-    if query.shape[1] % num_kv_heads:
-        raise KernelArgumentError(
-            f"query: expected a multiple of the cache's {num_kv_heads} heads, got {query.shape[1]}"
-        )
-    if query.shape[0] != rows.num_tokens:
-        raise KernelArgumentError(
-            f"rows: expected {query.shape[0]} tokens as in query, got {rows.num_tokens}"
-        )
-    return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Gated activation: ``silu(gate) * up`` of the two halves of the last dimension.
-
-    Shapes:
-        gate_up:  [T, 2I]  gate, then up; model dtype
-        returns:  [T, I]
-
-    Numerics: silu in fp32, rounded, then multiplied.
-
-    Raises:
-        KernelArgumentError: the shape differs from the above.
-
-    Source: Shazeer, 2020.
-    """
-    _check_dims("gate_up", gate_up, 2)
-    if gate_up.shape[1] % 2:
-        raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
-    return reference.swiglu(gate_up)
+        Source: Shazeer, 2020.
+        """
+        _check_dims("gate_up", gate_up, 2)
+        if gate_up.shape[1] % 2:
+            raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
+        return self._backend.swiglu(gate_up)
 
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:
@@ -251,12 +322,13 @@ def _check(
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
 
 
-def _check_caches(k_cache: Tensor, v_cache: Tensor, num_kv_heads: int, heads: Tensor) -> None:
-    """Caches [B, S, K, d] for ``heads`` [T, H or K, d]."""
+def _check_caches(
+    k_cache: Tensor, v_cache: Tensor, heads_shape: tuple[int, int], like: Tensor
+) -> None:
+    """Caches [B, S, K, d] for heads [K, d] of the dtype and device of ``like``."""
     _check_dims("k_cache", k_cache, 4)
-    num_blocks, block_size = k_cache.shape[:2]
-    shape = (num_blocks, block_size, num_kv_heads, heads.shape[2])
+    shape = (*k_cache.shape[:2], *heads_shape)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check(name, cache, shape, heads.dtype, heads.device)
+        _check(name, cache, shape, like.dtype, like.device)
         if not cache.is_contiguous():
             raise KernelArgumentError(f"{name}: expected contiguous, got stride {cache.stride()}")

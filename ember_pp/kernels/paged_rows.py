@@ -1,9 +1,10 @@
 """Which KV slots each row of a step attends to, worked out once for all layers.
 
-A row is one sequence's run of new tokens (one for a decode, several for a prefill chunk). The
-reference attention computes rows of the same number of new tokens and a similar context
-together, padded to the longest; padding reads the row's own first slot, which is always
-stored, so that whatever lies in unused slots, NaN included, is never read.
+A row is one sequence's run of new tokens (one for a decode, several for a prefill chunk). CUDA
+kernels read block tables and lengths on the device. The reference attention computes rows of the
+same number of new tokens and a similar context together, padded to the longest; padding reads
+the row's own first slot, which is always stored, so that whatever lies in unused slots, NaN
+included, is never read.
 
 Shape letters: T tokens of the step, R rows, Q new tokens of a row, L longest context of a
 group, S block size.
@@ -12,6 +13,7 @@ group, S block size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -41,45 +43,41 @@ class RowGroup:
     """All rows are fresh prompts of one length: token q sees the tokens 0 .. q."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedRows:
     """The rows of a step, as ``paged_attention`` takes them."""
 
+    block_tables: Tensor
+    """[R, max_blocks] int32 block ids in order, pad -1; last dim contiguous."""
+    context_lens: Tensor
+    """[R] int32 tokens attended, this step's included; 0: the row is padding."""
+    cu_seqlens_q: Tensor
+    """[R + 1] int32 cumulative new tokens per row, first 0."""
     num_tokens: int
-    groups: tuple[RowGroup, ...]
+    """T."""
+    max_query_len: int
+    """Most new tokens of a row."""
+    block_size: int
+    """S."""
+    dtype: torch.dtype
+    """That of the queries."""
 
-    @classmethod
-    def build(
-        cls,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        cu_seqlens_q: Tensor,
-        *,
-        block_size: int,
-        dtype: torch.dtype,
-    ) -> PagedRows:
-        """Group the rows of a step.
-
-        Shapes:
-            block_tables:  [R, max_blocks] int32  block ids in order, pad -1
-            context_lens:  [R] int32              tokens attended, this step's included; > 0
-            cu_seqlens_q:  [R + 1] int32          cumulative new tokens per row, first 0
-        ``dtype`` is that of the queries. Waits for the device once, to learn the lengths.
-        """
-        starts = cu_seqlens_q.tolist()
-        contexts = context_lens.tolist()
+    @functools.cached_property
+    def groups(self) -> tuple[RowGroup, ...]:
+        """The rows by shape, no padding. Waits for the device once, to learn the lengths."""
+        starts = self.cu_seqlens_q.tolist()
+        contexts = self.context_lens.tolist()
         by_shape: dict[tuple[int, int], list[int]] = {}
         for row, context_len in enumerate(contexts):
             query_len = starts[row + 1] - starts[row]
             assert 0 < query_len <= context_len, (row, query_len, context_len)
             bucket = max((context_len - 1).bit_length(), _SMALLEST_BUCKET)
             by_shape.setdefault((query_len, bucket), []).append(row)
-        tables = block_tables.long()
-        groups = tuple(
-            _group(rows, query_len, starts, contexts, tables, block_size, dtype)
+        tables = self.block_tables.long()
+        return tuple(
+            _group(rows, query_len, starts, contexts, tables, self.block_size, self.dtype)
             for (query_len, _), rows in by_shape.items()
         )
-        return cls(num_tokens=starts[-1], groups=groups)
 
 
 def _group(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ember_pp.kernels.paged_rows import PagedRows, RowGroup
+from ember_pp.kernels.rope_rows import RopeRows
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -45,35 +46,42 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
-def qk_norm_rope(
+def qk_norm_rope_store_kv(
     qkv: Tensor,
+    bias: Tensor | None,
     norm_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    rope: RopeRows,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
     *,
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection, norm each query and key head, and turn both by position.
+) -> Tensor:
+    """Add ``bias``, split heads, norm each query and key head and turn both by position.
 
     ``x * cos + swap_halves(x) * sin`` in fp32, rounded once; the sign of ``rotate_half`` is
-    in ``sin``.
+    in ``sin``. Then ``k_cache.flatten(0, 1)[slot_mapping[t]] = key[t]`` where the slot is not
+    negative, and likewise for values.
     """
+    if bias is not None:
+        qkv = qkv + bias
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, -1)
     turned, value = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], 1)
     if norm_weight is not None:
         turned = F.rms_norm(turned, turned.shape[-1:], None, eps) * norm_weight
     swapped = turned.roll(turned.shape[-1] // 2, -1)
+    cos, sin = rope.cos_sin
     turned = torch.addcmul(turned * cos[:, None], swapped, sin[:, None]).to(qkv.dtype)
     query, key = torch.split(turned, [num_heads, num_kv_heads], 1)
-    return query, key, value
+    _store_kv(key, value, k_cache, v_cache, slot_mapping)
+    return query
 
 
-def store_kv(
+def _store_kv(
     key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """``k_cache.flatten(0, 1)[slot_mapping[t]] = key[t]`` where the slot is not negative."""
     is_stored = slot_mapping >= 0
     if not bool(is_stored.all()):
         slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]

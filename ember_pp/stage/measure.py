@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ember_pp import memory_model, partition, protocol
 from ember_pp.cost_model import Profile, architecture_key
+from ember_pp.kernels import make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.stage.input_batch import BatchInputs
 from ember_pp.stage.kv_cache import KVCache
@@ -113,7 +114,11 @@ class _Bench:
         )
         longest = max(LONG_CONTEXT, *PREFILL_TOKENS)
         self._model = StageModel(
-            cfg, weights, *layers, is_first=False, is_last=True, max_model_len=longest
+            *(cfg, weights, *layers),
+            is_first=False,
+            is_last=True,
+            max_model_len=longest,
+            ops=make_ops("auto", device),
         )
         most = max(LONG_CONTEXT_ROWS * LONG_CONTEXT, max(DECODE_ROWS) * SHORT_CONTEXT, longest)
         self._kv_cache = KVCache.allocate(

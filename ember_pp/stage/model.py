@@ -16,24 +16,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ember_pp import kernels
-from ember_pp.kernels.paged_rows import PagedRows
+from ember_pp.kernels import Ops, PagedRows, RopeRows, make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.stage.input_batch import BatchInputs
 from ember_pp.stage.kv_cache import KVCache
-from ember_pp.stage.rope import rope_rows, rope_table
+from ember_pp.stage.rope import rope_table
 from ember_pp.stage.weights import LayerWeights, StageWeights
 
 OnLayer = Callable[[int, Tensor], None]
 """Called after each layer with its index in the model and the hidden states [T, D]."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedStep:
     """What all layers of a step share."""
 
     rows: PagedRows
-    rope: tuple[Tensor, Tensor]  # cos and sin, as ``rope_rows`` gives them
+    rope: RopeRows
+    slot_mapping: Tensor
 
 
 class StageModel:
@@ -42,6 +42,7 @@ class StageModel:
     Args:
         cfg: the whole model's architecture.
         weights: this stage's slice.
+        ops: the operations of its device; None: the reference.
         max_model_len: positions to prepare; None: ``cfg.context_length``.
     """
 
@@ -55,12 +56,14 @@ class StageModel:
         is_last: bool,
         *,
         max_model_len: int | None = None,
+        ops: Ops | None = None,
     ) -> None:
         assert len(weights.layers) == end_layer - start_layer
         assert is_first == (weights.embedding is not None)
         assert is_last == (weights.lm_head is not None)
         self._cfg = cfg
         self._weights = weights
+        self._ops = ops or make_ops("reference", torch.device("cpu"))
         self._start_layer = start_layer
         self._scale = cfg.head_dim**-0.5
         self._rope_table: Tensor | None = None  # [max_model_len, d]; None: the lm_head alone
@@ -76,14 +79,19 @@ class StageModel:
         """
         if self._rope_table is None:
             return None
-        rows = PagedRows.build(
-            inputs.block_tables,
-            inputs.context_lens,
-            inputs.cu_seqlens_q,
+        rows = PagedRows(
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
+            cu_seqlens_q=inputs.cu_seqlens_q,
+            num_tokens=len(inputs.positions),
+            max_query_len=inputs.max_query_len,
             block_size=kv_cache.block_size,
             dtype=self._weights.layers[0].qkv.dtype,
         )
-        return PreparedStep(rows, rope_rows(self._rope_table, inputs.positions))
+        rope = RopeRows(self._rope_table, inputs.positions)
+        if not rows.block_tables.is_cuda:  # there it would wait for the device, maybe for nothing
+            _ = rows.groups, rope.cos_sin
+        return PreparedStep(rows=rows, rope=rope, slot_mapping=inputs.slot_mapping)
 
     @torch.inference_mode()
     def forward(
@@ -109,19 +117,18 @@ class StageModel:
             [T, D] in the model's dtype.
         """
         if self._weights.embedding is not None:
-            hidden_states = kernels.embedding(inputs.token_ids, self._weights.embedding)
+            hidden_states = self._ops.embedding(inputs.token_ids, self._weights.embedding)
         assert hidden_states is not None, "hidden states come from the previous stage"
         prepared = prepared or self.prepare(inputs, kv_cache)
         if prepared is None:
             return hidden_states.clone()  # what was received is given back before it is read
+        residual, added = hidden_states, None
         for index, layer in enumerate(self._weights.layers):
-            attended = self._attention(
-                layer, hidden_states, kv_cache.layer(index), inputs.slot_mapping, prepared
-            )
-            hidden_states = self._mlp(layer, attended, hidden_states)
+            residual, added = self._layer(layer, residual, added, kv_cache.layer(index), prepared)
             if on_layer is not None:
-                on_layer(self._start_layer + index, hidden_states)
-        return hidden_states
+                on_layer(self._start_layer + index, residual + added)
+        assert added is not None, "a stage has a layer"
+        return residual + added
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -129,37 +136,44 @@ class StageModel:
         weights = self._weights
         assert weights.final_norm is not None, "not the last stage"
         assert weights.lm_head is not None, "not the last stage"
-        normed = kernels.rms_norm(hidden_states, weights.final_norm, self._cfg.rms_norm_eps)
-        return kernels.linear(normed, weights.lm_head).float()
+        normed = self._ops.rms_norm(hidden_states, weights.final_norm, self._cfg.rms_norm_eps)
+        return self._ops.linear(normed, weights.lm_head).float()
 
-    def _attention(
+    def _layer(
         self,
         layer: LayerWeights,
-        hidden_states: Tensor,
+        residual: Tensor,
+        added: Tensor | None,
         caches: tuple[Tensor, Tensor],
-        slot_mapping: Tensor,
-        prepared: PreparedStep,
+        step: PreparedStep,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, [T, D] each, after one layer
+        and before it; the norm that reads the sum makes it, in one pass."""
+        ops, eps = self._ops, self._cfg.rms_norm_eps
+        if added is None:
+            normed = ops.rms_norm(residual, layer.input_norm, eps)
+        else:
+            normed, residual = ops.add_rms_norm(added, residual, layer.input_norm, eps)
+        attended = self._attention(layer, normed, caches, step)
+        normed, residual = ops.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
+        gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
+        return residual, ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
+
+    def _attention(
+        self, layer: LayerWeights, normed: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
     ) -> Tensor:
         """[T, D] -> [T, D], the residual not yet added."""
-        cfg = self._cfg
-        normed = kernels.rms_norm(hidden_states, layer.input_norm, cfg.rms_norm_eps)
-        query, key, value = kernels.qk_norm_rope(
-            kernels.linear(normed, layer.qkv, layer.qkv_bias),
+        cfg, ops = self._cfg, self._ops
+        query = ops.qk_norm_rope_store_kv(
+            ops.linear(normed, layer.qkv, layer.qkv_bias),
+            None,
             layer.qk_norm,
-            *prepared.rope,
+            step.rope,
+            *caches,
+            step.slot_mapping,
             num_heads=cfg.num_heads,
             num_kv_heads=cfg.num_kv_heads,
             eps=cfg.rms_norm_eps,
         )
-        kernels.store_kv(key, value, *caches, slot_mapping)
-        rows = prepared.rows
-        attended = kernels.paged_attention(query, *caches, rows, scale=self._scale)  # [T, H, d]
-        return kernels.linear(attended.flatten(1), layer.output, layer.output_bias)
-
-    def _mlp(self, layer: LayerWeights, attended: Tensor, residual: Tensor) -> Tensor:
-        """Adds the attention's output to the residual, and the MLP's to that; [T, D]."""
-        normed, residual = kernels.add_rms_norm(
-            attended, residual, layer.post_attention_norm, self._cfg.rms_norm_eps
-        )
-        gate_up = kernels.linear(normed, layer.gate_up, layer.gate_up_bias)
-        return residual + kernels.linear(kernels.swiglu(gate_up), layer.down, layer.down_bias)
+        attended = ops.paged_attention(query, *caches, step.rows, scale=self._scale)  # [T, H, d]
+        return ops.linear(attended.flatten(1), layer.output, layer.output_bias)

@@ -21,12 +21,6 @@ def rope_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
     return table if rope.attention_factor == 1.0 else table * rope.attention_factor
 
 
-def rope_rows(table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """``(cos, sin)`` as ``kernels.qk_norm_rope`` takes them, each [T, d] fp32."""
-    cos, sin = table.index_select(0, positions).chunk(2, dim=-1)
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """[d / 2] fp32 radians per position of each pair of dimensions."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

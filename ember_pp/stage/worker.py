@@ -20,6 +20,7 @@ from ember_pp import memory_model, partition
 from ember_pp.checkpoint import Checkpoint, locate
 from ember_pp.config import Config
 from ember_pp.errors import ProtocolError
+from ember_pp.kernels import make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.protocol import (
     Execute,
@@ -320,7 +321,12 @@ class _Slice:
         )
         self.weight_bytes = weights.num_bytes
         self._model = StageModel(
-            self.model_config, weights, *layers, **ends, max_model_len=message.max_model_len
+            self.model_config,
+            weights,
+            *layers,
+            **ends,
+            max_model_len=message.max_model_len,
+            ops=make_ops(self.config.kernels, self.device),
         )
 
     def num_blocks_that_fit(self) -> int:

@@ -7,25 +7,24 @@ import torch
 
 from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
-from ember_pp.kernels import linear
+from kernel_backends import BACKENDS, cpu_ops, open_backend
 from numeric import assert_close, sum_tolerance
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
-
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_tokens", UGLY_SIZES)
 def test_multiplies_with_the_transposed_weight(
-    num_tokens: int, dtype: torch.dtype, has_bias: bool, device: str
+    num_tokens: int, dtype: torch.dtype, has_bias: bool, backend: str
 ) -> None:
+    ops, device = open_backend(backend)
     generator = torch.Generator().manual_seed(num_tokens)
     input = torch.randn(num_tokens, 67, generator=generator).to(device, dtype)
     weight = torch.randn(41, 67, generator=generator).to(device, dtype)
     bias = torch.randn(41, generator=generator).to(device, dtype) if has_bias else None
 
-    output = linear(input, weight, bias)
+    output = ops.linear(input, weight, bias)
 
     expected = torch.einsum("ti,oi->to", input.double(), weight.double())
     expected += 0 if bias is None else bias.double()
@@ -46,4 +45,4 @@ def test_multiplies_with_the_transposed_weight(
 def test_rejects_bad_arguments_by_name(change: dict[str, torch.Tensor], message: str) -> None:
     args = {"input": torch.zeros(4, 6), "weight": torch.zeros(5, 6), "bias": torch.zeros(5)}
     with pytest.raises(KernelArgumentError, match=message):
-        linear(**(args | change))
+        cpu_ops().linear(**(args | change))

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import BLOCK_SIZE
 from ember_pp.errors import KernelArgumentError
-from ember_pp.kernels import paged_attention
-from ember_pp.kernels.paged_rows import PagedRows
+from ember_pp.kernels import Ops, PagedRows
+from kernel_backends import BACKENDS, cpu_ops, open_backend
 from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
-HEAD_DIM, NUM_BLOCKS = 16, 128
+NUM_FREE_BLOCKS = 3
+"""Blocks of the cache that no row has."""
 SCALE = 0.3
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # (new tokens, context) of each row
 ROWS = {
@@ -32,6 +31,15 @@ ROWS = {
 }
 
 
+DECODES = {
+    "no-row-but-padding": [(1, 0), (1, 5), (1, 0), (1, 0), (1, 40), (1, 0)],
+    "one-long": [(1, 32768)],
+    "long-among-short": [(1, 17), (1, 9000), (1, 1), (1, 16), (1, 20000), (1, 3)],
+    "many": [(1, 1 + 37 * row % 701) for row in range(300)],
+}
+"""Steps that only a kernel for decodes must take: padding, and rows that many blocks share."""
+
+
 @dataclasses.dataclass
 class Case:
     query: Tensor
@@ -40,41 +48,52 @@ class Case:
     rows: PagedRows
     expected: Tensor
 
+    def run(self, ops: Ops) -> Tensor:
+        return ops.paged_attention(self.query, self.k_cache, self.v_cache, self.rows, scale=SCALE)
+
 
 def make_case(
     rows: list[tuple[int, int]],
     *,
     num_heads: int = 6,
     num_kv_heads: int = 2,
+    head_dim: int = 16,
+    block_size: int = 16,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> Case:
     generator = torch.Generator().manual_seed(len(rows) + rows[0][1])
     num_tokens = sum(query_len for query_len, _ in rows)
-    query = torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator).mul(2).to(dtype)
-    shape = (NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
+    query = torch.randn(num_tokens, num_heads, head_dim, generator=generator)
+    query = query.mul(8 * head_dim**-0.5).to(dtype)
+    blocks_of = [-(-context_len // block_size) for _, context_len in rows]
+    num_blocks = sum(blocks_of) + NUM_FREE_BLOCKS
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
     k_cache = torch.full(shape, float("nan"), dtype=dtype)
     v_cache = torch.full(shape, float("nan"), dtype=dtype)
-    free = torch.randperm(NUM_BLOCKS, generator=generator).tolist()
-    block_tables = torch.full((len(rows), 50), -1, dtype=torch.int32)
-    expected, token = torch.empty(query.shape, dtype=torch.float64), 0
+    free = torch.randperm(num_blocks, generator=generator).tolist()
+    block_tables = torch.full((len(rows), max(blocks_of) + 2), -1, dtype=torch.int32)
+    expected, token = torch.zeros(query.shape, dtype=torch.float64), 0
     for row, (query_len, context_len) in enumerate(rows):
-        key = torch.randn(context_len, num_kv_heads, HEAD_DIM, generator=generator).to(dtype)
-        value = torch.randn(context_len, num_kv_heads, HEAD_DIM, generator=generator).to(dtype)
-        for index in range((context_len + BLOCK_SIZE - 1) // BLOCK_SIZE):
+        key = torch.randn(context_len, num_kv_heads, head_dim, generator=generator).to(dtype)
+        value = torch.randn(context_len, num_kv_heads, head_dim, generator=generator).to(dtype)
+        for index in range(blocks_of[row]):
             block_tables[row, index] = block = free.pop()
-            part = slice(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
+            part = slice(index * block_size, (index + 1) * block_size)
             k_cache[block, : len(key[part])] = key[part]
             v_cache[block, : len(value[part])] = value[part]
         for position in range(context_len - query_len, context_len):
-            expected[token] = attend(query[token], key[: position + 1], value[: position + 1])
+            if context_len:
+                expected[token] = attend(query[token], key[: position + 1], value[: position + 1])
             token += 1
     lens = torch.tensor([0] + [query_len for query_len, _ in rows])
-    paged_rows = PagedRows.build(
-        block_tables.to(device),
-        torch.tensor([context_len for _, context_len in rows], dtype=torch.int32, device=device),
-        lens.cumsum(0).int().to(device),
-        block_size=BLOCK_SIZE,
+    paged_rows = PagedRows(
+        block_tables=block_tables.to(device),
+        context_lens=torch.tensor([n for _, n in rows], dtype=torch.int32, device=device),
+        cu_seqlens_q=lens.cumsum(0).int().to(device),
+        num_tokens=num_tokens,
+        max_query_len=int(lens.max()),
+        block_size=block_size,
         dtype=dtype,
     )
     return Case(query.to(device), k_cache.to(device), v_cache.to(device), paged_rows, expected)
@@ -91,42 +110,93 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def assert_attends(output: Tensor, case: Case, rows: list[tuple[int, int]]) -> None:
+    assert output.shape == case.query.shape
+    assert output.dtype == case.query.dtype
+    longest = max(context_len for _, context_len in rows)
+    is_row = torch.tensor([n > 0 for query_len, n in rows for _ in range(query_len)])
+    tolerance = sum_tolerance(output.dtype, longest) * 2
+    assert_close(output.cpu()[is_row], case.expected[is_row], tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("rows", ROWS)
 def test_attends_to_the_context_up_to_each_token(
-    rows: str, dtype: torch.dtype, device: str
+    rows: str, head_dim: int, dtype: torch.dtype, backend: str
 ) -> None:
-    case = make_case(ROWS[rows], dtype=dtype, device=device)
-
-    output = paged_attention(case.query, case.k_cache, case.v_cache, case.rows, scale=SCALE)
-
-    assert output.shape == case.query.shape
-    assert output.dtype == dtype
-    longest = max(context_len for _, context_len in ROWS[rows])
-    assert_close(output, case.expected, sum_tolerance(dtype, longest) * 2)
+    ops, device = open_backend(backend)
+    case = make_case(ROWS[rows], head_dim=head_dim, dtype=dtype, device=device)
+    assert_attends(case.run(ops), case, ROWS[rows])
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (12, 3)])
-def test_query_heads_share_kv_heads_in_order(num_heads: int, num_kv_heads: int) -> None:
-    case = make_case(ROWS["mixed"], num_heads=num_heads, num_kv_heads=num_kv_heads)
-    output = paged_attention(case.query, case.k_cache, case.v_cache, case.rows, scale=SCALE)
-    assert_close(output, case.expected, sum_tolerance(torch.float32, 500) * 2)
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rows", DECODES)
+def test_decodes_of_any_mix_of_lengths(rows: str, head_dim: int) -> None:
+    ops, device = open_backend("cuda")
+    case = make_case(DECODES[rows], head_dim=head_dim, dtype=torch.bfloat16, device=device)
+    first = case.run(ops)
+    assert_attends(first, case, DECODES[rows])
+    is_row = case.rows.context_lens > 0
+    for _ in range(20):  # whichever block comes last, and with counters used before
+        assert_bitwise_equal(case.run(ops)[is_row], first[is_row], "the same again")
 
 
-def test_non_contiguous_queries_give_the_same_bits() -> None:
-    """Queries are views into the fused projection."""
-    case = make_case(ROWS["mixed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"),
+    [(4, 4), (4, 1), (12, 3), (16, 8), (40, 8), (64, 8), (32, 16), (10, 2), (7, 1), (22, 11)],
+)
+def test_query_heads_share_kv_heads_in_order(
+    num_heads: int, num_kv_heads: int, backend: str
+) -> None:
+    ops, device = open_backend(backend)
+    rows = [(1, 20), (1, 500), (1, 33), (1, 1)]
+    case = make_case(
+        rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    assert_attends(case.run(ops), case, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32, 48, 64, 128, 256])
+def test_blocks_may_have_any_size(block_size: int, backend: str) -> None:
+    ops, device = open_backend(backend)
+    rows = [(1, 20), (1, 700), (1, 256), (1, 257), (1, 1)]
+    case = make_case(rows, block_size=block_size, head_dim=128, dtype=torch.bfloat16, device=device)
+    assert_attends(case.run(ops), case, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_queries_give_the_same_bits(backend: str) -> None:
+    """Queries may be views into the fused projection."""
+    ops, device = open_backend(backend)
+    case = make_case(ROWS["mixed"], device=device)
     wide = torch.cat([case.query, torch.full_like(case.query, float("nan"))], dim=1)
     view = wide[:, : case.query.shape[1]]
     assert not view.is_contiguous()
+    assert_bitwise_equal(dataclasses.replace(case, query=view).run(ops), case.run(ops))
 
-    outputs = [
-        paged_attention(query, case.k_cache, case.v_cache, case.rows, scale=SCALE)
-        for query in (case.query, view)
-    ]
 
-    assert_bitwise_equal(outputs[1], outputs[0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables_and_lengths_may_lie_apart(backend: str) -> None:
+    ops, device = open_backend(backend)
+    rows = [(1, 20), (1, 300), (1, 33)]
+    case = make_case(rows, head_dim=64, dtype=torch.bfloat16, device=device)
+    apart = dataclasses.replace(
+        case.rows,
+        context_lens=torch.stack([case.rows.context_lens] * 2, 1)[:, 0],
+        block_tables=case.rows.block_tables.t().contiguous().t(),
+    )
+    assert not apart.block_tables.is_contiguous()
+    assert_bitwise_equal(dataclasses.replace(case, rows=apart).run(ops), case.run(ops))
 
 
 def test_rows_of_like_shape_are_computed_together() -> None:
@@ -144,12 +214,11 @@ def test_rows_of_like_shape_are_computed_together() -> None:
         ({"query": torch.zeros(2, 6, 16)}, r"rows: expected 2 tokens as in query, got 1"),
         ({"k_cache": torch.zeros(8, 16, 2, 8)}, r"k_cache: expected \[8, 16, 2, 16\]"),
         ({"k_cache": torch.zeros(8, 16, 2, 16).bfloat16()}, r"k_cache: expected dtype"),
-        ({"v_cache": torch.zeros(8, 16, 2, 16)}, r"v_cache: expected \[128, 16, 2, 16\]"),
+        ({"v_cache": torch.zeros(8, 16, 2, 16)}, r"v_cache: expected \[4, 16, 2, 16\]"),
     ],
     ids=["query-2d", "query-heads", "query-tokens", "k-width", "k-dtype", "v-shape"],
 )
 def test_rejects_bad_arguments_by_name(change: dict[str, Tensor], message: str) -> None:
-    case = make_case(ROWS["one-token-alone"])
-    args = {"query": case.query, "k_cache": case.k_cache, "v_cache": case.v_cache} | change
+    case = dataclasses.replace(make_case(ROWS["one-token-alone"]), **change)
     with pytest.raises(KernelArgumentError, match=message):
-        paged_attention(**args, rows=case.rows, scale=SCALE)
+        case.run(cpu_ops())

@@ -7,26 +7,36 @@ import torch
 
 from conftest import UGLY_SIZES
 from ember_pp.errors import KernelArgumentError
-from ember_pp.kernels import swiglu
-from numeric import assert_close, sum_tolerance
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from kernel_backends import BACKENDS, cpu_ops, open_backend
+from numeric import assert_close, assert_rounded_alike, sum_tolerance
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_tokens", UGLY_SIZES)
+@pytest.mark.parametrize("width", [37, 200, 3072])
 def test_gates_the_second_half_by_the_first(
-    num_tokens: int, dtype: torch.dtype, device: str
+    width: int, num_tokens: int, dtype: torch.dtype, backend: str
 ) -> None:
+    ops, device = open_backend(backend)
     generator = torch.Generator().manual_seed(num_tokens)
-    gate_up = torch.randn(num_tokens, 2 * 37, generator=generator).mul(4).to(device, dtype)
+    gate_up = torch.randn(num_tokens, 2 * width, generator=generator).mul(4).to(device, dtype)
 
-    output = swiglu(gate_up)
+    output = ops.swiglu(gate_up)
 
-    gate, up = gate_up[:, :37].double(), gate_up[:, 37:].double()
+    gate, up = gate_up[:, :width].double(), gate_up[:, width:].double()
     assert output.dtype == dtype
     assert_close(output, gate / (1 + (-gate).exp()) * up, sum_tolerance(dtype, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rounds_silu_before_the_product(backend: str) -> None:
+    ops, device = open_backend(backend)
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(7, 2048, generator=generator).mul(2).to(device, torch.bfloat16)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    silu = (gate / (1 + (-gate).exp())).to(torch.bfloat16)
+    assert_rounded_alike(ops.swiglu(gate_up), (silu.double() * up).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -39,4 +49,4 @@ def test_gates_the_second_half_by_the_first(
 )
 def test_rejects_bad_arguments_by_name(gate_up: torch.Tensor, message: str) -> None:
     with pytest.raises(KernelArgumentError, match=message):
-        swiglu(gate_up)
+        cpu_ops().swiglu(gate_up)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from ember_pp import partition
 from ember_pp.checkpoint import Checkpoint, read_config
+from ember_pp.kernels import make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.protocol import unpack_u32
 from ember_pp.stage.handoff import Edge, RingShape, open_receiver, open_sender
@@ -97,7 +98,7 @@ def make_stage(
     max_blocks = -(-MAX_MODEL_LEN // BLOCK_SIZE)
     return StageRunner(
         stage_index,
-        StageModel(cfg, weights, *layers, **ends),
+        StageModel(cfg, weights, *layers, **ends, ops=make_ops("auto", device)),
         KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, device),
         SlotTable(MAX_SLOTS, max_blocks, BLOCK_SIZE, num_blocks=NUM_BLOCKS, device=device),
         source=source,

@@ -264,9 +264,30 @@ def test_a_head_that_a_tied_model_stores_is_the_one_that_counts(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["cuda", "reference"])
 def test_gpu_equals_transformers_on_the_cpu(
-    demo_path: Path, demo_oracle: torch.nn.Module, text_ids: list[int]
+    kernels: str, demo_path: Path, demo_oracle: torch.nn.Module, text_ids: list[int]
 ) -> None:
-    model = PagedModel(demo_path, device="cuda", num_stages=2)
+    model = PagedModel(demo_path, device="cuda", num_stages=2, kernels=kernels)
     logits = torch.cat([model.step({"a": text_ids[:50]}), model.step({"a": text_ids[50:]})])
     assert_close(logits, hf_logits(demo_oracle, text_ids), LOGITS_FP32)
+
+
+@pytest.mark.gpu
+def test_bf16_decodes_on_a_gpu_are_as_close_to_fp32_as_transformers_bf16(
+    demo_path: Path, demo_oracle: torch.nn.Module, text_ids: list[int]
+) -> None:
+    """Token by token, so that the kernel for decodes attends to what another one stored."""
+    exact = hf_logits(demo_oracle, text_ids)
+    theirs = relative_error(hf_logits(hf_model(demo_path, torch.bfloat16), text_ids), exact)
+
+    for num_stages in (1, 3):
+        model = PagedModel(
+            demo_path, device="cuda", dtype=torch.bfloat16, num_stages=num_stages, kernels="cuda"
+        )
+        logits = [model.step({"a": text_ids[:7], "b": text_ids[:40]})[:7].cpu()]
+        for token in text_ids[7:]:
+            logits.append(model.step({"b": text_ids[:1], "a": [token]})[1:].cpu())
+
+        ours = relative_error(torch.cat(logits), exact)
+        assert 0 < ours <= theirs * BF16_VS_OWN_FP32, f"{ours=:.4f} {theirs=:.4f}"

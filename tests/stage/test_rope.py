@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from ember_pp.kernels import RopeRows
 from ember_pp.model_config import ModelConfig
-from ember_pp.stage.rope import rope_rows, rope_table
+from ember_pp.stage.rope import rope_table
 from numeric import assert_bitwise_equal, assert_close, sum_tolerance
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def test_equals_transformers(kind: str, head_dim: int) -> None:
     cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(1), positions[None])
     rope = ModelConfig.from_hf(hf_config.to_dict()).rope
 
-    ours_cos, ours_sin = rope_rows(rope_table(rope, head_dim, 40960), positions)
+    ours_cos, ours_sin = RopeRows(rope_table(rope, head_dim, 40960), positions).cos_sin
 
     # An angle of 40959 radians has 11 bits left of fp32 behind the point.
     tolerance = sum_tolerance(torch.float32, 1) + 40959 * 2.0**-23

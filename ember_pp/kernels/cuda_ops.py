@@ -1,0 +1,347 @@
+"""The operations of the model on a GPU: which kernel of ``csrc/`` computes what.
+
+A kernel is built when its shape first comes up, and kept. Where no kernel fits a shape or dtype,
+or none is better than torch's, ``reference.py`` computes it. The choice depends on shapes,
+dtypes, addresses and the card, never on values or timing.
+
+Shape letters as in ``ops.py``, which documents shapes and checks arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ember_pp.kernels import build, reference
+from ember_pp.kernels.build import KernelSource
+from ember_pp.kernels.launch import Kernel, capability
+from ember_pp.kernels.paged_rows import PagedRows
+from ember_pp.kernels.rope_rows import RopeRows
+
+_ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
+_WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
+_WARP = 32
+
+_EMBEDDING_THREADS = 256
+_RMS_NORM_THREADS = 512
+_RMS_NORM_PACKS = 8
+"""Most packs of a thread."""
+_SWIGLU_THREADS = 256
+_ROPE_THREADS = 128
+
+_TILE = 16
+"""Positions of a tile of ``paged_decode``."""
+_DECODE_WARPS = 16
+"""Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
+_DECODE_MIN_SHARE = 1
+"""Fewest tiles of a warp: below that, adding parts costs more than it saves."""
+_DECODE_FEW_ROWS = 32
+"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
+memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
+_DECODE_MOST_ROWS = 3072
+"""A thread block keeps four bytes for each in shared memory."""
+_DECODE_FAN_IN = 16
+_DECODE_COUNTERS = 1 << 16
+
+
+class CudaOps:
+    """The kernels of one device, which is the current one whenever an operation is called.
+
+    Args:
+        device: with its index.
+        cache: folder of built kernels; None: ``build.default_cache()``.
+
+    Raises:
+        KernelBuildError: what building needs is not installed; says what to install.
+    """
+
+    def __init__(self, device: torch.device, cache: Path | None = None) -> None:
+        build.compiler_version()
+        self._device = torch.device("cuda", device.index or 0)
+        self._cache = cache or build.default_cache()
+        self._architecture = capability(self._device)
+        properties = torch.cuda.get_device_properties(self._device)
+        self._num_multiprocessors = properties.multi_processor_count
+        self._kernels: dict[tuple[str, str], Kernel] = {}
+        self._decode_parts: dict[tuple[int, int, int], _DecodeParts] = {}
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """A copy of rows, in the widest words that they and their addresses are multiples of."""
+        row_bytes = weight.shape[1] * weight.itemsize
+        output = weight.new_empty((len(token_ids), weight.shape[1]))
+        size = _access_bytes(row_bytes, weight, output)
+        if size < 2 or not weight.is_contiguous():
+            return reference.embedding(token_ids, weight)
+        words = row_bytes // size
+        kernel = self._kernel("embedding.cuh", f"embedding_kernel<{_WORDS[size]}>", "PPPi")
+        if len(token_ids):
+            kernel.launch(
+                (len(token_ids), -(-words // _EMBEDDING_THREADS)),
+                _EMBEDDING_THREADS,
+                (token_ids.contiguous().data_ptr(), weight.data_ptr(), output.data_ptr(), words),
+            )
+        return output
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """cuBLAS, through torch."""
+        return reference.linear(input, weight, bias)
+
+    def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """One thread block per token."""
+        if not _fits_rms_norm(input):
+            return reference.rms_norm(input, weight, eps)
+        normed = torch.empty_like(input, memory_format=torch.contiguous_format)
+        self._rms_norm(input, None, weight, normed, None, eps)
+        return normed
+
+    def add_rms_norm(
+        self, input: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As ``rms_norm``, with the sum written on the way."""
+        if not _fits_rms_norm(input):
+            return reference.add_rms_norm(input, residual, weight, eps)
+        normed = torch.empty_like(input, memory_format=torch.contiguous_format)
+        total = torch.empty_like(normed)
+        self._rms_norm(input, residual, weight, normed, total, eps)
+        return normed, total
+
+    def _rms_norm(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        normed: Tensor,
+        total: Tensor | None,
+        eps: float,
+    ) -> None:
+        num_tokens, width = input.shape
+        size = _access_bytes(width * input.itemsize)
+        pack, packs = size // input.itemsize, 1
+        while packs * _RMS_NORM_THREADS * pack < width:
+            packs *= 2
+        adds = "false" if residual is None else "true"
+        expression = f"rms_norm_kernel<{_ELEMENTS[input.dtype]}, {pack}, {packs}, {adds}>"
+        kernel = self._kernel("rms_norm.cuh", expression, "PPPPPif")
+        if not num_tokens:
+            return
+        input, weight = _aligned(input, size), _aligned(weight, size)
+        residual = None if residual is None else _aligned(residual, size)
+        arguments = (
+            input.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            normed.data_ptr(),
+            0 if total is None else total.data_ptr(),
+            width,
+            eps,
+        )
+        block = _round_up(-(-width // (pack * packs)), _WARP)
+        kernel.launch((num_tokens, 1), block, arguments)
+
+    def qk_norm_rope_store_kv(
+        self,
+        qkv: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        rope: RopeRows,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> Tensor:
+        """A few lanes per head."""
+        num_tokens, head_dim = len(qkv), k_cache.shape[3]
+        size = _access_bytes(head_dim // 2 * qkv.itemsize)
+        pack = size // qkv.itemsize
+        lanes = 1 << (head_dim // 2 // pack - 1).bit_length()
+        caches_fit = (k_cache.data_ptr() | v_cache.data_ptr()) % size == 0
+        if qkv.dtype not in _ELEMENTS or head_dim % 4 or lanes > _WARP or not caches_fit:
+            return reference.qk_norm_rope_store_kv(
+                qkv,
+                bias,
+                norm_weight,
+                rope,
+                k_cache,
+                v_cache,
+                slot_mapping,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                eps=eps,
+            )
+        query = qkv.new_empty((num_tokens, num_heads, head_dim))
+        qkv, table = _aligned(qkv, size), _aligned(rope.table, 16)
+        positions, slots = rope.positions.contiguous(), slot_mapping.contiguous()
+        bias = None if bias is None else _aligned(bias, size)
+        norm_weight = None if norm_weight is None else _aligned(norm_weight, size)
+        flags = ", ".join("false" if x is None else "true" for x in (norm_weight, bias))
+        kernel = self._kernel(
+            "qk_norm_rope_store_kv.cuh",
+            f"qk_norm_rope_store_kv_kernel<{_ELEMENTS[qkv.dtype]}, {head_dim}, {pack}, {flags}>",
+            "PPPPPPPPPiif",
+        )
+        if num_tokens:
+            arguments = (
+                qkv.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                0 if norm_weight is None else norm_weight.data_ptr(),
+                table.data_ptr(),
+                positions.data_ptr(),
+                slots.data_ptr(),
+                query.data_ptr(),
+                k_cache.data_ptr(),
+                v_cache.data_ptr(),
+                num_heads,
+                num_kv_heads,
+                eps,
+            )
+            heads_per_block = _ROPE_THREADS // lanes
+            num_blocks = -(-(num_heads + 2 * num_kv_heads) // heads_per_block)
+            kernel.launch((num_tokens, num_blocks), _ROPE_THREADS, arguments)
+        return query
+
+    def paged_attention(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
+    ) -> Tensor:
+        """Decodes by ``paged_decode``; steps with chunks of prompts by the reference."""
+        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+        group_size = query.shape[1] // num_kv_heads
+        num_rows = len(rows.context_lens)
+        fits = (
+            rows.max_query_len == 1
+            and num_rows <= _DECODE_MOST_ROWS
+            and query.dtype == torch.bfloat16
+            and head_dim in (64, 128)
+            and group_size <= 8
+            and block_size in (16, 32, 64, 128, 256)
+            and (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0
+        )
+        if not fits:
+            return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
+        query, context_lens = query.contiguous(), rows.context_lens.contiguous()
+        block_tables = rows.block_tables
+        if block_tables.stride(1) != 1:
+            block_tables = block_tables.contiguous()
+        output = torch.empty_like(query)
+        heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
+        warps, grid_y = heads * splits, num_kv_heads // heads
+        grid_x = max(1, self._num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
+        parts = self._parts(grid_x, query.shape[1], head_dim)
+        assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
+        kernel = self._kernel(
+            "paged_decode.cuh",
+            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
+            "9P6if0P",
+        )
+        arguments = (
+            query.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            output.data_ptr(),
+            *parts.pointers,
+            num_rows,
+            block_tables.stride(0),
+            num_kv_heads,
+            group_size,
+            (block_size // _TILE).bit_length() - 1,
+            _DECODE_MIN_SHARE * splits,
+            scale * 1.4426950408889634,
+        )
+        if num_rows:
+            kernel.launch(
+                (grid_x, grid_y), warps * _WARP, arguments, shared_bytes=4 * (num_rows + 1)
+            )
+        return output
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """A pack of elements per thread."""
+        gate_up = gate_up.contiguous()
+        num_tokens, width = len(gate_up), gate_up.shape[1] // 2
+        output = gate_up.new_empty((num_tokens, width))
+        pack = _access_bytes(width * gate_up.itemsize, gate_up, output) // gate_up.itemsize
+        element = _ELEMENTS.get(gate_up.dtype)
+        if element is None:
+            return reference.swiglu(gate_up)
+        kernel = self._kernel("swiglu.cuh", f"swiglu_kernel<{element}, {pack}>", "PPi")
+        if num_tokens:
+            grid = (num_tokens, -(-width // (_SWIGLU_THREADS * pack)))
+            kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
+        return output
+
+    def _kernel(self, file: str, expression: str, arguments: str) -> Kernel:
+        key = (file, expression)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            binary = build.load_or_compile(
+                KernelSource(file, expression), self._architecture, self._cache
+            )
+            kernel = self._kernels[key] = Kernel(binary, arguments, device=self._device)
+        return kernel
+
+    def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:
+        """Kept for ever: captured graphs hold its addresses."""
+        key = (num_blocks, num_heads, head_dim)
+        parts = self._decode_parts.get(key)
+        if parts is None:
+            parts = self._decode_parts[key] = _DecodeParts(*key, self._device)
+        return parts
+
+
+class _DecodeParts:
+    """Memory of ``paged_decode`` beside its output; see there. Launches follow one another on
+    one stream, so they share it."""
+
+    def __init__(
+        self, num_blocks: int, num_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        self._parts = torch.empty((2 * num_blocks, num_heads, head_dim), device=device)
+        self._sums = torch.empty((2 * num_blocks, num_heads, 2), device=device)
+        self._counters = torch.zeros(_DECODE_COUNTERS, dtype=torch.int32, device=device)
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, int, int]:
+        """Addresses of parts, their sums, and counters."""
+        return self._parts.data_ptr(), self._sums.data_ptr(), self._counters.data_ptr()
+
+
+def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[int, int, int]:
+    """KV heads of a thread block, warps that share each, query heads that there is room for."""
+    group = 4 if group_size <= 4 else 8
+    if num_rows <= _DECODE_FEW_ROWS:
+        # 16 warps where there is shared memory for them; for 2 to 7 rows 8 were faster.
+        return 1, 8 if group == 8 or 1 < num_rows < 8 else 16, group
+    heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
+    return heads, 8 // heads, group
+
+
+def _access_bytes(row_bytes: int, *tensors: Tensor) -> int:
+    """The most bytes, up to 16, whose multiples ``row_bytes`` and all addresses are."""
+    bits = row_bytes | 16
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+    return bits & -bits
+
+
+def _aligned(tensor: Tensor, size: int) -> Tensor:
+    """The same numbers, contiguous, at an address that is a multiple of ``size``. Which kernel
+    sums them must not depend on where they lie."""
+    if tensor.is_contiguous() and tensor.data_ptr() % size == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _fits_rms_norm(input: Tensor) -> bool:
+    width_bytes = input.shape[1] * input.itemsize
+    limit = _RMS_NORM_THREADS * _RMS_NORM_PACKS * _access_bytes(width_bytes)
+    return input.dtype in _ELEMENTS and width_bytes <= limit
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
