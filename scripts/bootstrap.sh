@@ -3,6 +3,8 @@
 #
 #   ember_environment run|dev     sets EMBER_PYTHON_PATH to the interpreter to use
 #
+# Where there is an NVIDIA driver, "run" is "cuda": with what compiles the CUDA kernels.
+#
 # EMBER_PYTHON=... names another interpreter: it is used as it is and nothing is installed.
 # .venv holds a stamp of what was installed (pyproject.toml, constraints.txt, where the checkout
 # lies); while it matches, nothing but the stamp is read. The stamp is written last, so an
@@ -23,12 +25,18 @@ ember_die() {
 }
 
 ember_environment() {
+  local kind=$1
   if [[ -n ${EMBER_PYTHON:-} ]]; then
     ember_use_interpreter
     return
   fi
+  [[ $kind != run ]] || ! ember_has_driver || kind=cuda
   EMBER_PYTHON_PATH=$EMBER_VENV/bin/python
-  ember_is_ready "$1" || ember_install_locked "$1"
+  ember_is_ready "$kind" || ember_install_locked "$kind"
+}
+
+ember_has_driver() {
+  [[ -e /proc/driver/nvidia/version ]] || command -v nvidia-smi >/dev/null
 }
 
 # Another interpreter need not have ember_pp itself, only what it imports.
@@ -40,12 +48,23 @@ ember_use_interpreter() {
   export PYTHONPATH=$EMBER_ROOT${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# The stamp's first line is "run" or "dev"; the development environment does for both.
+# The stamp's first line is "run", "cuda" or "dev"; each does for those before it, so a checkout
+# that machines with and without a GPU share is not installed over and over.
 ember_is_ready() {
   local have_kind have_key
   [[ -x $EMBER_VENV/bin/python && -r $EMBER_STAMP ]] || return 1
   { read -r have_kind && read -r have_key; } <"$EMBER_STAMP" || return 1
-  [[ $have_key == "$(ember_key)" ]] && [[ $have_kind == "$1" || $have_kind == dev ]]
+  [[ $have_key == "$(ember_key)" ]] && [[ $(ember_larger "$1" "$have_kind") == "$have_kind" ]]
+}
+
+ember_larger() {
+  local kind
+  for kind in dev cuda run; do
+    if [[ $1 == "$kind" || $2 == "$kind" ]]; then
+      printf '%s' "$kind"
+      return
+    fi
+  done
 }
 
 ember_key() {
@@ -69,10 +88,11 @@ ember_install_locked() (
 )
 
 ember_install() {
-  local kind=$1 extras=''
-  # Once development tools are in, a renewal keeps them.
-  [[ ! -r $EMBER_STAMP ]] || ! grep -qx dev "$EMBER_STAMP" || kind=dev
-  [[ $kind == run ]] || extras='[dev]'
+  local kind=$1 have_kind='' extras=''
+  # Once development tools or the kernel compiler are in, a renewal keeps them.
+  [[ ! -r $EMBER_STAMP ]] || read -r have_kind <"$EMBER_STAMP" || true
+  kind=$(ember_larger "$kind" "$have_kind")
+  [[ $kind == run ]] || extras="[$kind]"
   ember_make_venv
   ember_say "installing into .venv (torch is large: minutes the first time)"
   rm -f -- "$EMBER_STAMP"

@@ -175,6 +175,38 @@ def test_a_development_environment_does_for_both(checkout):
     assert len(checkout.installs()) == 1
 
 
+def test_with_a_driver_comes_what_compiles_kernels(checkout):
+    """Once; a machine without one that shares the checkout is served by it, too."""
+    driver = checkout.root.parent / "bin" / "nvidia-smi"
+    driver.write_text("#!/bin/bash\n")
+    driver.chmod(0o755)
+    checkout.launch()
+    checkout.launch()
+    assert len(checkout.installs()) == 1
+    assert checkout.installs()[0].endswith(f"--editable {checkout.root}[cuda]")
+    driver.unlink()
+    checkout.launch()
+    assert len(checkout.installs()) == 1
+    (checkout.root / "constraints.txt").write_text("torch==99\n")
+    checkout.launch()
+    assert checkout.installs()[1].endswith("[cuda]")  # a renewal keeps it
+
+
+@pytest.mark.skipif(
+    Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi")),
+    reason="this machine has a driver",
+)
+def test_a_driver_that_comes_later_adds_what_compiles_kernels(checkout):
+    checkout.launch()
+    driver = checkout.root.parent / "bin" / "nvidia-smi"
+    driver.write_text("#!/bin/bash\n")
+    driver.chmod(0o755)
+    checkout.launch()
+    first, second = checkout.installs()
+    assert first.endswith(f"--editable {checkout.root}")
+    assert second.endswith("[cuda]")
+
+
 def test_a_running_environment_is_added_to_for_development_and_stays_so(checkout):
     checkout.launch()
     assert checkout.environment_for("dev") == 0
