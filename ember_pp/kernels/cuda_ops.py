@@ -1,6 +1,6 @@
 """The operations of the model on a GPU: which kernel of ``csrc/`` computes what.
 
-A kernel is built when its shape first comes up, and kept. Where no kernel fits a shape or dtype,
+Where no kernel fits a shape or dtype,
 or none is better than torch's, ``reference.py`` computes it. The choice depends on shapes,
 dtypes, addresses and the card, never on values or timing.
 
@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ember_pp.kernels import build, reference
-from ember_pp.kernels.build import KernelSource
-from ember_pp.kernels.launch import Kernel, capability
+from ember_pp.kernels import reference
+from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
 
@@ -59,13 +58,8 @@ class CudaOps:
     """
 
     def __init__(self, device: torch.device, cache: Path | None = None) -> None:
-        build.compiler_version()
         self._device = torch.device("cuda", device.index or 0)
-        self._cache = cache or build.default_cache()
-        self._architecture = capability(self._device)
-        properties = torch.cuda.get_device_properties(self._device)
-        self._num_multiprocessors = properties.multi_processor_count
-        self._kernels: dict[tuple[str, str], Kernel] = {}
+        self._kernels = KernelSet(self._device, cache)
         self._decode_parts: dict[tuple[int, int, int], _DecodeParts] = {}
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -76,7 +70,7 @@ class CudaOps:
         if size < 2 or not weight.is_contiguous():
             return reference.embedding(token_ids, weight)
         words = row_bytes // size
-        kernel = self._kernel("embedding.cuh", f"embedding_kernel<{_WORDS[size]}>", "PPPi")
+        kernel = self._kernels.get("embedding.cuh", f"embedding_kernel<{_WORDS[size]}>", "PPPi")
         if len(token_ids):
             kernel.launch(
                 (len(token_ids), -(-words // _EMBEDDING_THREADS)),
@@ -124,7 +118,7 @@ class CudaOps:
             packs *= 2
         adds = "false" if residual is None else "true"
         expression = f"rms_norm_kernel<{_ELEMENTS[input.dtype]}, {pack}, {packs}, {adds}>"
-        kernel = self._kernel("rms_norm.cuh", expression, "PPPPPif")
+        kernel = self._kernels.get("rms_norm.cuh", expression, "PPPPPif")
         if not num_tokens:
             return
         input, weight = _aligned(input, size), _aligned(weight, size)
@@ -180,7 +174,7 @@ class CudaOps:
         bias = None if bias is None else _aligned(bias, size)
         norm_weight = None if norm_weight is None else _aligned(norm_weight, size)
         flags = ", ".join("false" if x is None else "true" for x in (norm_weight, bias))
-        kernel = self._kernel(
+        kernel = self._kernels.get(
             "qk_norm_rope_store_kv.cuh",
             f"qk_norm_rope_store_kv_kernel<{_ELEMENTS[qkv.dtype]}, {head_dim}, {pack}, {flags}>",
             "PPPPPPPPPiif",
@@ -230,10 +224,10 @@ class CudaOps:
         output = torch.empty_like(query)
         heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
         warps, grid_y = heads * splits, num_kv_heads // heads
-        grid_x = max(1, self._num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
+        grid_x = max(1, self._kernels.num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
         parts = self._parts(grid_x, query.shape[1], head_dim)
         assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
-        kernel = self._kernel(
+        kernel = self._kernels.get(
             "paged_decode.cuh",
             f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
             "9P6if0P",
@@ -269,21 +263,11 @@ class CudaOps:
         element = _ELEMENTS.get(gate_up.dtype)
         if element is None:
             return reference.swiglu(gate_up)
-        kernel = self._kernel("swiglu.cuh", f"swiglu_kernel<{element}, {pack}>", "PPi")
+        kernel = self._kernels.get("swiglu.cuh", f"swiglu_kernel<{element}, {pack}>", "PPi")
         if num_tokens:
             grid = (num_tokens, -(-width // (_SWIGLU_THREADS * pack)))
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
         return output
-
-    def _kernel(self, file: str, expression: str, arguments: str) -> Kernel:
-        key = (file, expression)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            binary = build.load_or_compile(
-                KernelSource(file, expression), self._architecture, self._cache
-            )
-            kernel = self._kernels[key] = Kernel(binary, arguments, device=self._device)
-        return kernel
 
     def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:
         """Kept for ever: captured graphs hold its addresses."""
