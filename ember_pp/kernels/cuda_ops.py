@@ -30,6 +30,7 @@ _RMS_NORM_PACKS = 8
 """Most packs of a thread."""
 _SWIGLU_THREADS = 256
 _ROPE_THREADS = 128
+_STEP_THREADS = 128
 
 _TILE = 16
 """Positions of a tile of ``paged_decode``."""
@@ -267,6 +268,45 @@ class CudaOps:
         if num_tokens:
             grid = (num_tokens, -(-width // (_SWIGLU_THREADS * pack)))
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
+        return output
+
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """A thread per new block and per decode row; nothing overlaps with it."""
+        kernel = self._kernels.get("step.cuh", "begin_step_kernel", "PPPPPiii", overlaps=False)
+        num_threads = max(len(new_blocks), len(slots))
+        if num_threads:
+            arguments = (
+                block_table.data_ptr(),
+                new_blocks.contiguous().data_ptr(),
+                last_tokens.contiguous().data_ptr(),
+                slots.contiguous().data_ptr(),
+                token_ids.data_ptr(),
+                block_table.shape[1],
+                len(new_blocks),
+                len(slots),
+            )
+            kernel.launch((-(-num_threads // _STEP_THREADS), 1), _STEP_THREADS, arguments)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """A thread per row."""
+        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPi")
+        output = torch.empty_like(drawn, dtype=torch.int32)
+        if len(drawn):
+            arguments = (
+                drawn.contiguous().data_ptr(),
+                slots.contiguous().data_ptr(),
+                0 if last_tokens is None else last_tokens.data_ptr(),
+                output.data_ptr(),
+                len(drawn),
+            )
+            kernel.launch((-(-len(drawn) // _STEP_THREADS), 1), _STEP_THREADS, arguments)
         return output
 
     def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:

@@ -92,6 +92,19 @@ class Backend(Protocol):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
 
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """See ``Ops.begin_step``."""
+
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """See ``Ops.end_step``."""
+
 
 class Ops:
     """The operations of the model on one device; arguments are checked by name."""
@@ -301,6 +314,66 @@ class Ops:
         if gate_up.shape[1] % 2:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
+
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """Take in what a step changes, before its first layer; in place.
+
+        ``block_table[slot, column] = block`` for each new block, then
+        ``token_ids[r] = last_tokens[slots[r]]`` for each of R decode rows.
+
+        Shapes:
+            block_table:  [M, W] int32   of M slots, contiguous
+            new_blocks:   [U, 3] int32   slot, column and block id, distinct places
+            last_tokens:  [M'] int64     token drawn last for each slot
+            slots:        [R] int32      R may be 0, on all stages but the first
+            token_ids:    [T] int64      T >= R; those after the first R keep their values
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("block_table", block_table, 2)
+        device = block_table.device
+        _check("block_table", block_table, block_table.shape, torch.int32, device)
+        _check("new_blocks", new_blocks, (len(new_blocks), 3), torch.int32, device)
+        _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, device)
+        _check("slots", slots, (len(slots),), torch.int32, device)
+        _check("token_ids", token_ids, (len(token_ids),), torch.int64, device)
+        if len(token_ids) < len(slots):
+            raise KernelArgumentError(
+                f"token_ids: expected one for each of {len(slots)} slots, got {len(token_ids)}"
+            )
+        for name, tensor in (("block_table", block_table), ("token_ids", token_ids)):
+            if not tensor.is_contiguous():
+                raise KernelArgumentError(
+                    f"{name}: expected contiguous, got stride {tensor.stride()}"
+                )
+        self._backend.begin_step(block_table, new_blocks, last_tokens, slots, token_ids)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """Remember what was drawn: ``last_tokens[slots[n]] = max(drawn[n], 0)``, in place.
+
+        Shapes:
+            drawn:        [N] int64   negative where nothing could be drawn
+            slots:        [N] int32   negative: a row of padding; otherwise distinct
+            last_tokens:  [M] int64   None on all stages but the first
+            returns:      [N] int32   ``drawn``
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("drawn", drawn, 1)
+        _check("drawn", drawn, drawn.shape, torch.int64, drawn.device)
+        _check("slots", slots, drawn.shape, torch.int32, drawn.device)
+        if last_tokens is not None:
+            _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, drawn.device)
+        return self._backend.end_step(drawn, slots, last_tokens)
 
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:

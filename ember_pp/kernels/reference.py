@@ -149,3 +149,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of ``gate_up``; silu is rounded first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def begin_step(
+    block_table: Tensor, new_blocks: Tensor, last_tokens: Tensor, slots: Tensor, token_ids: Tensor
+) -> None:
+    """``block_table[slot, column] = block``; ``token_ids[r] = last_tokens[slots[r]]``."""
+    slot, column, block = new_blocks.unbind(1)
+    block_table[slot.long(), column.long()] = block
+    token_ids[: len(slots)] = last_tokens[slots.long()]
+
+
+def end_step(drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+    """``last_tokens[slots[n]] = max(drawn[n], 0)`` of the rows that have a slot."""
+    if last_tokens is not None:
+        is_row = slots >= 0
+        last_tokens[slots[is_row].long()] = drawn[is_row].clamp(min=0)
+    return drawn.to(torch.int32)
