@@ -84,6 +84,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """See ``Ops.qk_norm_rope_store_kv``."""
 
+    def captures_attention(
+        self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int
+    ) -> bool:
+        """See ``Ops.captures_attention``."""
+
     def paged_attention(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
     ) -> Tensor:
@@ -259,6 +264,22 @@ class Ops:
             eps=eps,
         )
 
+    def captures_attention(
+        self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int
+    ) -> bool:
+        """Whether ``paged_attention`` of such tensors can be captured in a CUDA graph.
+
+        It then waits for nothing on the host, and a replay may have other lengths and block tables
+        in the same tensors: see ``PagedRows``.
+
+        Args:
+            dtype: of queries and caches.
+            head_dim: d.
+            group_size: H / K.
+            block_size: S.
+        """
+        return self._backend.captures_attention(dtype, head_dim, group_size, block_size)
+
     def paged_attention(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
     ) -> Tensor:
@@ -275,6 +296,7 @@ class Ops:
 
         Numerics: softmax and sums in fp32. A row's result depends on the other rows by rounding
         at most; slots outside its context are not read, so garbage there, NaN too, is harmless.
+        Tokens that are padding get anything.
 
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.

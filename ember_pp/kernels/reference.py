@@ -89,6 +89,11 @@ def _store_kv(
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
 
 
+def captures_attention(dtype: torch.dtype, head_dim: int, group_size: int, block_size: int) -> bool:
+    """Never: the host works out groups of rows from their lengths."""
+    return False
+
+
 def paged_attention(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
 ) -> Tensor:
@@ -96,7 +101,7 @@ def paged_attention(
     k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [B * S, K, d]
     if len(rows.groups) == 1 and rows.groups[0].token_index is None:
         return _attend(query, k_slots, v_slots, rows.groups[0], scale)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # of padding, too
     for group in rows.groups:
         assert group.token_index is not None, "a group of all tokens is alone"
         selected = query.index_select(0, group.token_index)

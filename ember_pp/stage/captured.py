@@ -164,7 +164,7 @@ class CapturedSteps:
         return Step(inputs, shape)
 
     @torch.inference_mode()
-    def receive(self, step: Step, hidden_states: Tensor) -> None:
+    def receive(self, hidden_states: Tensor) -> None:
         """Take in what the previous stage handed on, [T, D]; it may then be given back."""
         self._received[: len(hidden_states)] = hidden_states
 
