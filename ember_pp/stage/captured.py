@@ -128,24 +128,14 @@ class CapturedSteps:
         return buffers + sum(tensor.nbytes for tensor in own)
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[int, int], None]) -> None:
+    def warm_up(self) -> None:
         """Capture what is known to come: every size of plans without chunks, the largest first,
-        so that the smaller ones find memory. Before the first plan; nothing is stored.
-
-        Args:
-            on_progress: called with (sizes done, all sizes).
-        """
+        so that the smaller ones find memory. Before the first plan; nothing is stored."""
         if not self._graphs.is_on:
             return
-        sizes = decode_sizes(self._limits.max_rows)
-        for done, size in enumerate(reversed(sizes)):
-            on_progress(done, len(sizes))
+        for size in reversed(decode_sizes(self._limits.max_rows)):
             shape = StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
-            if self._sampler is None:
-                self._graphs.run(shape, lambda shape=shape: self._hidden_states(shape, None))
-            else:
-                self._graphs.run(shape, lambda shape=shape: self._decode(shape))
-        on_progress(len(sizes), len(sizes))
+            self._graphs.run(shape, self._whole_step(shape))
 
     @torch.inference_mode()
     def begin(self, inputs: BatchInputs) -> Step:
@@ -177,7 +167,7 @@ class CapturedSteps:
         if on_layer is not None:
             hidden_states = self._hidden_states(step.shape, _unpadded(on_layer, step))
         else:
-            hidden_states = self._run(step.shape, lambda: self._hidden_states(step.shape, None))
+            hidden_states = self._run(step.shape, self._whole_step(step.shape))
         return hidden_states[: len(step.inputs.positions)]
 
     @torch.inference_mode()
@@ -203,7 +193,7 @@ class CapturedSteps:
         sampler.flush()
         num_drawn = len(inputs.sample_slots)
         if shape.is_decode and is_plain and not is_watched:
-            return self._run(shape, lambda: self._decode(shape))[:num_drawn], None
+            return self._run(shape, self._whole_step(shape))[:num_drawn], None
         if on_layer is not None:
             self._select(shape, self._layers(shape, _unpadded(on_layer, step)))
         else:
@@ -233,9 +223,11 @@ class CapturedSteps:
             return compute()
         return self._graphs.run(shape, compute)
 
-    def _decode(self, shape: StepShape) -> Tensor:
-        """[N] int32 tokens of a plan without chunks."""
-        return self._draw(shape, self._model.head(self._layers(shape, None)))
+    def _whole_step(self, shape: StepShape) -> Callable[[], Tensor]:
+        """What gives the hidden states to hand on, or the tokens of a plan without chunks."""
+        if self._sampler is None:
+            return lambda: self._hidden_states(shape, None)
+        return lambda: self._draw(shape, self._model.head(self._layers(shape, None)))
 
     def _hidden_states(self, shape: StepShape, on_layer: OnLayer | None) -> Tensor:
         output = self._layers(shape, on_layer)

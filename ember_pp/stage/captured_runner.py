@@ -58,6 +58,10 @@ class CapturedRunner:
         self._feedback = feedback
         self._reader = reader
 
+    def warm_up(self) -> None:
+        """Before the first plan: see ``CapturedSteps.warm_up``."""
+        self._steps.warm_up()
+
     def run(self, execute: Execute) -> Sampled | None:
         """Execute one plan; on the last stage, the tokens that it drew.
 

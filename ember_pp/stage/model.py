@@ -106,6 +106,11 @@ class StageModel:
             table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
             self._rope_table = table.to(weights.layers[0].qkv.device)
 
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self._cfg.hidden_size
+
     @torch.inference_mode()
     def prepare(self, inputs: StepInputs, kv_cache: KVCache) -> PreparedStep | None:
         """What ``forward`` needs beside hidden states or token ids: for the time before these come.

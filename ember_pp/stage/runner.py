@@ -97,6 +97,9 @@ class StageRunner:
         self._last_tokens = last_tokens
         self._feedback = feedback
 
+    def warm_up(self) -> None:
+        """Nothing to do before the first plan."""
+
     def start(self, execute: Execute) -> StartedPlan:
         """As ``run``: the plan is done when this returns."""
         sampled = self.run(execute)

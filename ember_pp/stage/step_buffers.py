@@ -162,6 +162,7 @@ class StepBuffers:
     def _write_mixed(self, host: _HostBuffer, inputs: BatchInputs) -> None:
         num_rows, num_tokens = len(inputs.slots), len(inputs.positions)
         host.write("token_ids", inputs.token_ids)
+        assert inputs.decode_lens is not None, "plans with chunks say which rows are decodes"
         host.write("decode_lens", inputs.decode_lens)
         host.write("sample_rows", inputs.sample_rows)
         host.write("sample_slots", torch.tensor(inputs.sample_slots, dtype=torch.int32))

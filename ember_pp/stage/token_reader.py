@@ -7,9 +7,6 @@ import itertools
 import torch
 from torch import Tensor
 
-_NUM_BUFFERS = 16
-"""Plans whose tokens may be on their way: more than are in flight of one stage."""
-
 
 class PendingTokens:
     """Tokens on their way to the host.
@@ -26,7 +23,7 @@ class PendingTokens:
     @property
     def is_ready(self) -> bool:
         """Whether ``read`` would not wait."""
-        return self._copied is None or self._copied.query()
+        return self._copied is None or self._copied.query()  # type: ignore[no-untyped-call,no-any-return]
 
     def read(self) -> list[int]:
         """The tokens; waits for the device."""
@@ -41,14 +38,15 @@ class TokenReader:
 
     Args:
         max_rows: most tokens of a plan.
+        max_pending: plans whose tokens may be on their way at once.
         device: where they are drawn.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, max_pending: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._buffers = []
         if self._is_cuda:
-            for _ in range(_NUM_BUFFERS):
+            for _ in range(max_pending):
                 tokens = torch.empty(max_rows, dtype=torch.int32, pin_memory=True)
                 self._buffers.append((tokens, torch.cuda.Event(blocking=True)))  # type: ignore[no-untyped-call]
         self._turn = itertools.cycle(self._buffers)

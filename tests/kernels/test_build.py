@@ -274,6 +274,8 @@ HOT = [
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<bf16, 128, 8, true, false>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<bf16, 64, 8, false, true>"),
     ("swiglu.cuh", "swiglu_kernel<bf16, 8>"),
+    ("step.cuh", "begin_step_kernel"),
+    ("step.cuh", "end_step_kernel"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 8>"),
