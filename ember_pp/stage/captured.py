@@ -210,9 +210,7 @@ class CapturedSteps:
             on_logits(logits[:num_drawn])
         if is_plain:
             return self._draw(shape, logits)[:num_drawn], None
-        sampled = sampler.sample(
-            logits[:num_drawn], inputs.sample_slots, inputs.sample_positions
-        )
+        sampled = sampler.sample(logits[:num_drawn], inputs.sample_slots, inputs.sample_positions)
         slots = self._buffers[shape.is_decode]["sample_slots"]
         return self._end(sampled.token_ids, slots[:num_drawn]), sampled
 
@@ -244,10 +242,7 @@ class CapturedSteps:
 
     def _select(self, shape: StepShape, output: LayerOutput) -> Tensor:
         """What comes out of the layers of the rows that sample, and of all behind them."""
-        if shape.is_decode:
-            rows = None
-        else:
-            rows = self._buffers[False]["sample_rows"]
+        rows = None if shape.is_decode else self._buffers[False]["sample_rows"]
         for leaving, tensor in zip(self._leaving, output, strict=True):
             if tensor is None:
                 leaving.zero_()

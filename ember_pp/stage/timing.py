@@ -70,7 +70,15 @@ class StageClock:
         now_ns: the clock; ``time.monotonic_ns`` is one for all processes of a host.
     """
 
-    __slots__ = ("_now_ns", "_num_open", "_since_ns", "_state", "_totals_ns", "_version", "recorder")
+    __slots__ = (
+        "_now_ns",
+        "_num_open",
+        "_since_ns",
+        "_state",
+        "_totals_ns",
+        "_version",
+        "recorder",
+    )
 
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.recorder: PlanRecorder | None = None

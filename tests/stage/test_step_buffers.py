@@ -56,7 +56,12 @@ def make_steps() -> list[BatchInputs]:
         ),
         table.apply(
             execute(
-                1, opened=[0], blocks=[0, 4], join=[5], chunks=[2, 3, 1, 1, 0, 0, 2, 1], ids=[8, 6, 7]
+                1,
+                opened=[0],
+                blocks=[0, 4],
+                join=[5],
+                chunks=[2, 3, 1, 1, 0, 0, 2, 1],
+                ids=[8, 6, 7],
             )
         ),
         table.apply(execute(2, join=[2, 0], blocks=[2, 8])),
