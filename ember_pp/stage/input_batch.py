@@ -50,7 +50,8 @@ class BatchInputs:
     table_rows: Tensor | None
     """[R] int32 row of ``block_tables`` of each row; None: they are in order."""
     decode_lens: Tensor | None
-    """[R] int32 as ``context_lens`` of the rows with one token, 0 elsewhere; None: all have one."""
+    """[R] int32 as ``context_lens`` of the rows with one token, 0 elsewhere; None: all have one, or
+    it is worked out where it is needed."""
     slots: Tensor
     """[R] int32 slot of each row."""
     new_blocks: Tensor

@@ -155,9 +155,7 @@ class _Bench:
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             block_tables=tables.to(device),
             table_rows=None,
-            decode_lens=None
-            if max(lens) == 1
-            else torch.zeros(num_rows, dtype=torch.int32, device=device),
+            decode_lens=None,
             slots=torch.arange(num_rows, dtype=torch.int32, device=device),
             new_blocks=torch.empty((0, 3), dtype=torch.int32, device=device),
             decode_slots=torch.arange(num_rows, device=device),

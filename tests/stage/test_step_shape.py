@@ -1,4 +1,4 @@
-"""Padded sizes: rising, never smaller than the step, never above the limit, few, and not wasteful."""
+"""Padded sizes: rising, no smaller than the step, few, and not wasteful."""
 
 from __future__ import annotations
 
