@@ -7,11 +7,15 @@
  *            and drawn as int32, to be copied to the host
  * Shapes     block_table [slots, width] int32, new_blocks [U, 3] int32, last_tokens [slots] int64,
  *            slots [R] or [N] int32, token_ids [T] int64, drawn [N] int64, output [N] int32
+ * Types      whole numbers
  * Mapping    one thread per entry
- * Order      begin_step writes what later kernels of the step read before they wait (device.cuh):
- *            so nothing of the step is launched to overlap with it
+ * Requires   contiguous tensors, distinct places; begin_step is launched so that nothing overlaps
+ *            with it: it writes what later kernels of the step read before they wait (device.cuh)
  * Bound      launch latency
+ * Tried      nothing else yet
  * Test       tests/kernels/test_begin_step.py, tests/kernels/test_end_step.py
+ *            Bench  python -m benchmarks.steps
+ * Source     the slots of a plan, docs/protocol.md
  */
 #include "device.cuh"
 
