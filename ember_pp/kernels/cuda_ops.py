@@ -19,6 +19,7 @@ from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_attention import PagedAttention
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.skinny_linear import SkinnyLinear
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
@@ -48,6 +49,7 @@ class CudaOps:
         self._device = torch.device("cuda", device.index or 0)
         self._kernels = KernelSet(self._device, cache)
         self._attention = PagedAttention(self._kernels)
+        self._skinny = SkinnyLinear(self._kernels)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """A copy of rows, in the widest words that they and their addresses are multiples of."""
@@ -67,8 +69,55 @@ class CudaOps:
         return output
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """cuBLAS, through torch."""
-        return reference.linear(input, weight, bias)
+        """Few rows: ``skinny_linear``. Many: cuBLAS, through torch."""
+        plan = self._skinny.plan(input, weight)
+        if plan is None:
+            return reference.linear(input, weight, bias)
+        return self._skinny.multiply(plan, input, weight, bias)[0]
+
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Few rows: ``skinny_linear``, in which each thread block norms all of them."""
+        plan = self._skinny.plan(input, weight, is_normed=True)
+        if plan is None:
+            normed, total = self._normed(input, residual, norm_weight, eps)
+            return self.linear(normed, weight, bias), total
+        norm = norm_weight, eps
+        return self._skinny.multiply(plan, input, weight, bias, residual=residual, norm=norm)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``add_rms_norm_linear``; a thread block has gate and up of the same outputs."""
+        plan = self._skinny.plan(input, weight, is_normed=True, is_gated=True)
+        if plan is not None:
+            norm = norm_weight, eps
+            arguments = plan, input, weight
+            return self._skinny.multiply(*arguments, residual=residual, norm=norm, is_gated=True)
+        normed, total = self._normed(input, residual, norm_weight, eps)
+        plan = self._skinny.plan(normed, weight, is_gated=True)
+        if plan is None:
+            return self.swiglu(self.linear(normed, weight)), total
+        return self._skinny.multiply(plan, normed, weight, is_gated=True)[0], total
+
+    def _normed(
+        self, input: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.rms_norm(input, weight, eps), input
+        return self.add_rms_norm(input, residual, weight, eps)
 
     def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
         """One thread block per token."""

@@ -68,6 +68,27 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See ``Ops.add_rms_norm``."""
 
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_linear``."""
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_gate_up``."""
+
     def qk_norm_rope_store_kv(
         self,
         qkv: Tensor,
@@ -193,6 +214,71 @@ class Ops:
         _check("residual", residual, input.shape, input.dtype, input.device)
         _check("weight", weight, (input.shape[1],), input.dtype, input.device)
         return self._backend.add_rms_norm(input, residual, weight, eps)
+
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project: ``(linear(rms_norm(total)), total)``.
+
+        ``total = input + residual``, or ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]  model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [O, D]
+            bias:                    [O]     or None
+            returns:                 [T, O] and total
+
+        Numerics: ``total`` and the norm are rounded as by ``add_rms_norm``, the product as by
+        ``linear``; sums of squares and products may be taken in another order.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        if bias is not None:
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+        return self._backend.add_rms_norm_linear(input, residual, norm_weight, eps, weight, bias)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project, activate.
+
+        ``(swiglu(linear(rms_norm(total))), total)`` with ``total = input + residual``, or
+        ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]   model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [2I, D]  rows of gate, then of up
+            returns:                 [T, I] and total
+
+        Numerics: as ``add_rms_norm_linear``, then as ``swiglu``: gate and up are rounded first.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        num_rows = weight.shape[0]
+        if num_rows % 2:
+            raise KernelArgumentError(f"weight: expected [2I, D], got {list(weight.shape)}")
+        _check("weight", weight, (num_rows, input.shape[1]), input.dtype, input.device)
+        return self._backend.add_rms_norm_gate_up(input, residual, norm_weight, eps, weight)
 
     def qk_norm_rope_store_kv(
         self,
@@ -415,6 +501,13 @@ def _check(
         raise KernelArgumentError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _check_norm(input: Tensor, residual: Tensor | None, norm_weight: Tensor) -> None:
+    _check_dims("input", input, 2)
+    if residual is not None:
+        _check("residual", residual, input.shape, input.dtype, input.device)
+    _check("norm_weight", norm_weight, (input.shape[1],), input.dtype, input.device)
 
 
 def _check_caches(

@@ -46,6 +46,27 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
+def add_rms_norm_linear(
+    input: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(linear(rms_norm(total)), total)``, ``total = input + residual`` rounded first."""
+    total = input if residual is None else input + residual
+    return linear(rms_norm(total, norm_weight, eps), weight, bias), total
+
+
+def add_rms_norm_gate_up(
+    input: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(swiglu(linear(rms_norm(total))), total)``, ``total = input + residual`` rounded first."""
+    gate_up, total = add_rms_norm_linear(input, residual, norm_weight, eps, weight)
+    return swiglu(gate_up), total
+
+
 def qk_norm_rope_store_kv(
     qkv: Tensor,
     bias: Tensor | None,

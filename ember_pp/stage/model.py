@@ -179,7 +179,7 @@ class StageModel:
         output = LayerOutput(hidden_states, None)
         for index, layer in enumerate(self._weights.layers):
             assert prepared is not None, "a stage with layers prepares their step"
-            output = self._layer(layer, *output, kv_cache.layer(index), prepared)
+            output = self._layer(layer, output, kv_cache.layer(index), prepared)
             if on_layer is not None:
                 on_layer(self._start_layer + index, output.sum())
         return output
@@ -195,40 +195,47 @@ class StageModel:
         weights, eps = self._weights, self._cfg.rms_norm_eps
         assert weights.final_norm is not None, "not the last stage"
         assert weights.lm_head is not None, "not the last stage"
-        if output.added is None:
-            normed = self._ops.rms_norm(output.residual, weights.final_norm, eps)
-        else:
-            normed, _ = self._ops.add_rms_norm(
-                output.added, output.residual, weights.final_norm, eps
-            )
-        return self._ops.linear(normed, weights.lm_head)
+        logits, _ = self._ops.add_rms_norm_linear(
+            *_with_residual(output), weights.final_norm, eps, weights.lm_head
+        )
+        return logits
 
     def _layer(
         self,
         layer: LayerWeights,
-        residual: Tensor,
-        added: Tensor | None,
+        output: LayerOutput,
         caches: tuple[Tensor, Tensor],
         step: PreparedStep,
     ) -> LayerOutput:
         """One layer; the norm that reads a sum makes it, in one pass."""
         ops, eps = self._ops, self._cfg.rms_norm_eps
-        if added is None:
-            normed = ops.rms_norm(residual, layer.input_norm, eps)
+        qkv, residual = ops.add_rms_norm_linear(
+            *_with_residual(output), layer.input_norm, eps, layer.qkv, layer.qkv_bias
+        )
+        attended = self._attention(layer, qkv, caches, step)
+        if layer.gate_up_bias is None:
+            activated, residual = ops.add_rms_norm_gate_up(
+                attended, residual, layer.post_attention_norm, eps, layer.gate_up
+            )
         else:
-            normed, residual = ops.add_rms_norm(added, residual, layer.input_norm, eps)
-        attended = self._attention(layer, normed, caches, step)
-        normed, residual = ops.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-        gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-        return LayerOutput(residual, ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias))
+            gate_up, residual = ops.add_rms_norm_linear(
+                attended,
+                residual,
+                layer.post_attention_norm,
+                eps,
+                layer.gate_up,
+                layer.gate_up_bias,
+            )
+            activated = ops.swiglu(gate_up)
+        return LayerOutput(residual, ops.linear(activated, layer.down, layer.down_bias))
 
     def _attention(
-        self, layer: LayerWeights, normed: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
+        self, layer: LayerWeights, qkv: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
     ) -> Tensor:
-        """[T, D] -> [T, D], the residual not yet added."""
+        """[T, (H + 2K) * d] -> [T, D], the residual not yet added."""
         cfg, ops = self._cfg, self._ops
         query = ops.qk_norm_rope_store_kv(
-            ops.linear(normed, layer.qkv, layer.qkv_bias),
+            qkv,
             None,
             layer.qk_norm,
             step.rope,
@@ -240,3 +247,10 @@ class StageModel:
         )
         attended = ops.paged_attention(query, *caches, step.rows, scale=self._scale)  # [T, H, d]
         return ops.linear(attended.flatten(1), layer.output, layer.output_bias)
+
+
+def _with_residual(output: LayerOutput) -> tuple[Tensor, Tensor | None]:
+    """As operations take a sum: what is added, and the residual if there are two."""
+    if output.added is None:
+        return output.residual, None
+    return output.added, output.residual

@@ -23,7 +23,7 @@ class PendingTokens:
     @property
     def is_ready(self) -> bool:
         """Whether ``read`` would not wait."""
-        return self._copied is None or self._copied.query()  # type: ignore[no-untyped-call,no-any-return]
+        return self._copied is None or self._copied.query()  # type: ignore[no-untyped-call]
 
     def read(self) -> list[int]:
         """The tokens; waits for the device."""
