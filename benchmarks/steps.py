@@ -247,6 +247,7 @@ def main() -> None:
     """Print a table, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="", help="models that contain this")
+    parser.add_argument("--decode", action="store_true", help="only steps without chunks")
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
     parser.add_argument("--profile", type=Path, help="a file for the kernels' times, one case")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -263,6 +264,8 @@ def main() -> None:
         stage.runner.warm_up()
         print(f"{model}: captured in {time.perf_counter() - started:.2f} s", flush=True)
         for case in cases:
+            if options.decode and case.chunk:
+                continue
             rows.append(measure(stage, case, bandwidth, rate))
             print(rows[-1], flush=True)
             if options.profile:

@@ -130,8 +130,6 @@ class PagedModel:
                 dtype=torch.int32,
                 device=self.device,
             ),
-            slots=torch.arange(len(lens), dtype=torch.int32, device=self.device),
-            new_blocks=torch.empty((0, 3), dtype=torch.int32, device=self.device),
             decode_slots=torch.empty(0, dtype=torch.int64),
             num_decode_rows=next((i for i, n in enumerate(lens) if n != 1), len(lens)),
             max_query_len=max(lens),

@@ -156,8 +156,6 @@ class _Bench:
             block_tables=tables.to(device),
             table_rows=None,
             decode_lens=None,
-            slots=torch.arange(num_rows, dtype=torch.int32, device=device),
-            new_blocks=torch.empty((0, 3), dtype=torch.int32, device=device),
             decode_slots=torch.arange(num_rows, device=device),
             num_decode_rows=num_rows,
             max_query_len=max(lens),
