@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ember_pp.kernels import reference
+from ember_pp.kernels.device_sampling import DeviceSampling
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
@@ -60,6 +62,7 @@ class CudaOps:
     def __init__(self, device: torch.device, cache: Path | None = None) -> None:
         self._device = torch.device("cuda", device.index or 0)
         self._kernels = KernelSet(self._device, cache)
+        self._sampling = DeviceSampling(self._kernels)
         self._decode_parts: dict[tuple[int, int, int], _DecodeParts] = {}
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -268,6 +271,18 @@ class CudaOps:
             grid = (num_tokens, -(-width // (_SWIGLU_THREADS * pack)))
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
         return output
+
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``DeviceSampling``."""
+        return self._sampling.sample_tokens(logits, slots, positions, params)
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``DeviceSampling``."""
+        return self._sampling.top_logprobs(logits, token_ids, num_top)
 
     def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:
         """Kept for ever: captured graphs hold its addresses."""

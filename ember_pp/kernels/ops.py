@@ -22,6 +22,10 @@ from ember_pp.errors import ConfigError, KernelArgumentError, KernelBuildError
 from ember_pp.kernels import reference
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
+
+MAX_TOP_LOGPROBS = 20
+"""Most tokens that ``Ops.top_logprobs`` ranks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -92,12 +96,27 @@ class Backend(Protocol):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
 
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``Ops.sample_tokens``."""
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Ops.top_logprobs``."""
+
 
 class Ops:
     """The operations of the model on one device; arguments are checked by name."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+
+    @property
+    def is_reference(self) -> bool:
+        """True where plain torch computes them, which on a GPU may launch much per call."""
+        return self._backend is reference
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Look up the rows of a batch of tokens: ``weight[token_ids]``.
@@ -301,6 +320,72 @@ class Ops:
         if gate_up.shape[1] % 2:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
+
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """Draw one token per row by its slot's settings: steps 4 to 8 of ``docs/sampling.md``.
+
+        Temperature 0 takes the largest logit, ties to the lowest id. Else the token with the
+        largest ``logit / temperature + noise`` of those that top_k, top_p and min_p leave; the
+        noise is a function of the slot's seed, the position and the token id.
+
+        Shapes (N rows that sample):
+            logits:     [N, V]   bf16 or fp32
+            slots:      [N]      int32 index into ``params``; -1: a row of padding, of which
+                                 nothing is read and whose token is any
+            positions:  [N]      int64 index in its sequence of the token to be drawn
+            params:     on the device of ``logits``
+            returns:    [N]      int64 token ids; ``sampling.NO_TOKEN`` where the largest logit
+                                 is NaN or infinite
+
+        Numerics: as ``sampling.draw_truncated_tokens`` on the logits in fp32. A row's token does
+        not depend on the other rows. Implementations differ by the last bits of scores and of
+        sums of probabilities: so a draw may differ where two of them nearly tie.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+
+        Source: Gumbel-max; Philox of Salmon et al., SC 2011.
+        """
+        _check_logits(logits)
+        num_rows = logits.shape[:1]
+        _check("slots", slots, num_rows, torch.int32, logits.device)
+        _check("positions", positions, num_rows, torch.int64, logits.device)
+        table = params.table
+        _check("params", table, table.shape, torch.int64, logits.device)
+        return self._backend.sample_tokens(logits, slots, positions, params)
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the drawn and of the most likely tokens, of ``softmax(logits)``.
+
+        Shapes (N rows, n = ``min(num_top, V)``):
+            logits:     [N, V]   bf16 or fp32
+            token_ids:  [N]      int64 the drawn tokens; a negative one counts as 0
+            num_top:    0 to 20
+            returns:    [N] fp32, of the drawn tokens; [N, n] int64 and [N, n] fp32, ids and
+                        log-probabilities of the most likely, ties to the lowest id
+
+        Numerics: in fp32. Rows with NaN or infinite logits hold anything.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above, or ``num_top``.
+        """
+        _check_logits(logits)
+        _check("token_ids", token_ids, logits.shape[:1], torch.int64, logits.device)
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise KernelArgumentError(f"num_top: expected 0 to {MAX_TOP_LOGPROBS}, got {num_top}")
+        return self._backend.top_logprobs(logits, token_ids, num_top)
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_dims("logits", logits, 2)
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        raise KernelArgumentError(f"logits: expected bf16 or fp32, got {logits.dtype}")
+    if not logits.shape[1]:
+        raise KernelArgumentError(f"logits: expected [N, V], got {list(logits.shape)}")
 
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:

@@ -17,8 +17,10 @@ import torch.nn.functional as F  # noqa: N812  the field's name for it
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ember_pp.kernels import sampling
 from ember_pp.kernels.paged_rows import PagedRows, RowGroup
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -149,3 +151,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of ``gate_up``; silu is rounded first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def sample_tokens(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams) -> Tensor:
+    """``sampling.argmax_tokens`` and ``draw_truncated_tokens`` on fp32 logits; all rows by both,
+    since which of them a row needs is not known to the host."""
+    logits, index = logits.float(), slots.long().clamp(min=0)
+    temperature = params.temperature[index]
+    is_greedy = temperature == 0
+    drawn = sampling.draw_truncated_tokens(
+        logits,
+        torch.where(is_greedy, 1.0, temperature),
+        params.top_k[index].long().clamp(max=logits.shape[1]),
+        params.top_p[index],
+        params.min_p[index],
+        params.seed[index],
+        positions,
+    )
+    return torch.where(is_greedy, sampling.argmax_tokens(logits), drawn)
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``sampling.top_logprobs``, by ``log_softmax`` and a sort."""
+    return sampling.top_logprobs(logits.float(), token_ids, num_top)
