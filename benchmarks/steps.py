@@ -36,12 +36,11 @@ from ember_pp.protocol import Execute, OpenSlot, pack_i32, pack_u32
 from ember_pp.sampling_params import SamplingParams
 from ember_pp.stage.captured import CapturedSteps, StepLimits
 from ember_pp.stage.captured_runner import CapturedRunner
-from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.sampler import Sampler
-from ember_pp.stage.token_reader import TokenReader
+from ember_pp.stage.slots import Slots
 from ember_pp.stage.weights import load_stage
 
 RESULT = Path(__file__).with_name("results") / "steps.json"
@@ -114,6 +113,7 @@ class Stage:
                 max_slots=max_slots + 1,
                 max_tokens=4096,
                 max_blocks_per_sequence=model_len // BLOCK_SIZE,
+                max_pending=STEPS + 4,
             ),
             sampler=sampler,
             last_tokens=last_tokens.tokens,
@@ -122,13 +122,12 @@ class Stage:
         self.runner = CapturedRunner(
             0,
             self.steps,
-            SlotTable(max_slots + 1, model_len // BLOCK_SIZE, BLOCK_SIZE, vocab_size=10**6),
+            Slots(max_slots + 1, model_len // BLOCK_SIZE, BLOCK_SIZE, vocab_size=10**6),
             source=None,
             sink=None,
             sampler=sampler,
             last_tokens=last_tokens,
             feedback=None,
-            reader=TokenReader(max_slots + 1, STEPS + 4, CUDA),
         )
         self.plan = 0
         self.roster: list[int] = []

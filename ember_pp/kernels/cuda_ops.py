@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ember_pp.kernels import reference
+from ember_pp.kernels.device_sampling import DeviceSampling
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_attention import PagedAttention
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
 from ember_pp.kernels.skinny_linear import SkinnyLinear
+from ember_pp.kernels.slot_params import SlotParams
+from ember_pp.kernels.step_state import PlanWords, StepState
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
@@ -31,7 +34,9 @@ _RMS_NORM_PACKS = 8
 """Most packs of a thread."""
 _SWIGLU_THREADS = 256
 _ROPE_THREADS = 128
-_STEP_THREADS = 128
+_BEGIN_THREADS, _END_THREADS = 1024, 256
+_BEGIN_STEP = "Pq7i0P13P3i0P"
+"""The structures ``PlanWords`` and ``StepState`` of ``step.cuh``."""
 
 
 class CudaOps:
@@ -50,6 +55,7 @@ class CudaOps:
         self._kernels = KernelSet(self._device, cache)
         self._attention = PagedAttention(self._kernels)
         self._skinny = SkinnyLinear(self._kernels)
+        self._sampling = DeviceSampling(self._kernels)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """A copy of rows, in the widest words that they and their addresses are multiples of."""
@@ -262,43 +268,48 @@ class CudaOps:
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
         return output
 
-    def begin_step(
-        self,
-        block_table: Tensor,
-        new_blocks: Tensor,
-        last_tokens: Tensor,
-        slots: Tensor,
-        token_ids: Tensor,
-    ) -> None:
-        """A thread per new block and per decode row; nothing overlaps with it."""
-        kernel = self._kernels.get("step.cuh", "begin_step_kernel", "PPPPPiii", overlaps=False)
-        num_threads = max(len(new_blocks), len(slots))
-        if num_threads:
-            arguments = (
-                block_table.data_ptr(),
-                new_blocks.contiguous().data_ptr(),
-                last_tokens.contiguous().data_ptr(),
-                slots.contiguous().data_ptr(),
-                token_ids.data_ptr(),
-                block_table.shape[1],
-                len(new_blocks),
-                len(slots),
-            )
-            kernel.launch((-(-num_threads // _STEP_THREADS), 1), _STEP_THREADS, arguments)
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``DeviceSampling``."""
+        return self._sampling.sample_tokens(logits, slots, positions, params)
 
-    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
-        """A thread per row."""
-        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPi")
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``DeviceSampling``."""
+        return self._sampling.top_logprobs(logits, token_ids, num_top)
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
+        """One thread block; nothing overlaps with it."""
+        kernel = self._kernels.get("step.cuh", "begin_step_kernel", _BEGIN_STEP, overlaps=False)
+        arguments = (
+            plan.words.data_ptr(),
+            plan.mark,
+            *plan[1:8],
+            *state.pointers,
+            state.block_table.shape[1],
+            state.max_rows,
+            state.block_size,
+        )
+        kernel.launch((1, 1), _BEGIN_THREADS, arguments)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+        """One thread block."""
+        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPPPii")
         output = torch.empty_like(drawn, dtype=torch.int32)
-        if len(drawn):
-            arguments = (
-                drawn.contiguous().data_ptr(),
-                slots.contiguous().data_ptr(),
-                0 if last_tokens is None else last_tokens.data_ptr(),
-                output.data_ptr(),
-                len(drawn),
-            )
-            kernel.launch((-(-len(drawn) // _STEP_THREADS), 1), _STEP_THREADS, arguments)
+        last_tokens = state.last_tokens if state.keeps_drawn else None
+        arguments = (
+            drawn.contiguous().data_ptr(),
+            slots.contiguous().data_ptr(),
+            0 if last_tokens is None else last_tokens.data_ptr(),
+            output.data_ptr(),
+            state.turn_and_mark.data_ptr(),
+            state.results.data_ptr(),
+            len(drawn),
+            len(state.slots),
+        )
+        kernel.launch((1, 1), _END_THREADS, arguments)
         return output
 
 

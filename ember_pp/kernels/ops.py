@@ -22,6 +22,11 @@ from ember_pp.errors import ConfigError, KernelArgumentError, KernelBuildError
 from ember_pp.kernels import reference
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
+from ember_pp.kernels.step_state import PlanWords, StepState
+
+MAX_TOP_LOGPROBS = 20
+"""Most tokens that ``Ops.top_logprobs`` ranks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -118,17 +123,20 @@ class Backend(Protocol):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
 
-    def begin_step(
-        self,
-        block_table: Tensor,
-        new_blocks: Tensor,
-        last_tokens: Tensor,
-        slots: Tensor,
-        token_ids: Tensor,
-    ) -> None:
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``Ops.sample_tokens``."""
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Ops.top_logprobs``."""
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
         """See ``Ops.begin_step``."""
 
-    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
         """See ``Ops.end_step``."""
 
 
@@ -137,6 +145,11 @@ class Ops:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+
+    @property
+    def is_reference(self) -> bool:
+        """True where plain torch computes them, which on a GPU may launch much per call."""
+        return self._backend is reference
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Look up the rows of a batch of tokens: ``weight[token_ids]``.
@@ -423,65 +436,118 @@ class Ops:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
 
-    def begin_step(
-        self,
-        block_table: Tensor,
-        new_blocks: Tensor,
-        last_tokens: Tensor,
-        slots: Tensor,
-        token_ids: Tensor,
-    ) -> None:
-        """Take in what a step changes, before its first layer; in place.
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """Draw one token per row by its slot's settings: steps 4 to 8 of ``docs/sampling.md``.
 
-        ``block_table[slot, column] = block`` for each new block, then
-        ``token_ids[r] = last_tokens[slots[r]]`` for each of R decode rows.
+        Temperature 0 takes the largest logit, ties to the lowest id. Else the token with the
+        largest ``logit / temperature + noise`` of those that top_k, top_p and min_p leave; the
+        noise is a function of the slot's seed, the position and the token id.
+
+        Shapes (N rows that sample):
+            logits:     [N, V]   bf16 or fp32
+            slots:      [N]      int32 index into ``params``; -1: a row of padding, of which
+                                 nothing is read and whose token is any
+            positions:  [N]      int64 index in its sequence of the token to be drawn
+            params:     on the device of ``logits``
+            returns:    [N]      int64 token ids; ``sampling.NO_TOKEN`` where the largest logit
+                                 is NaN or infinite
+
+        Numerics: as ``sampling.draw_truncated_tokens`` on the logits in fp32. A row's token does
+        not depend on the other rows. Implementations differ by the last bits of scores and of
+        sums of probabilities: so a draw may differ where two of them nearly tie.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+
+        Source: Gumbel-max; Philox of Salmon et al., SC 2011.
+        """
+        _check_logits(logits)
+        num_rows = logits.shape[:1]
+        _check("slots", slots, num_rows, torch.int32, logits.device)
+        _check("positions", positions, num_rows, torch.int64, logits.device)
+        table = params.table
+        _check("params", table, table.shape, torch.int64, logits.device)
+        return self._backend.sample_tokens(logits, slots, positions, params)
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the drawn and of the most likely tokens, of ``softmax(logits)``.
+
+        Shapes (N rows, n = ``min(num_top, V)``):
+            logits:     [N, V]   bf16 or fp32
+            token_ids:  [N]      int64 the drawn tokens; a negative one counts as 0
+            num_top:    0 to 20
+            returns:    [N] fp32, of the drawn tokens; [N, n] int64 and [N, n] fp32, ids and
+                        log-probabilities of the most likely, ties to the lowest id
+
+        Numerics: in fp32. Rows with NaN or infinite logits hold anything.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above, or ``num_top``.
+        """
+        _check_logits(logits)
+        _check("token_ids", token_ids, logits.shape[:1], torch.int64, logits.device)
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise KernelArgumentError(f"num_top: expected 0 to {MAX_TOP_LOGPROBS}, got {num_top}")
+        return self._backend.top_logprobs(logits, token_ids, num_top)
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
+        """Take in what a plan changes and expand its rows to the inputs of its step, in place.
+
+        Writes all of ``state`` that belongs to a step, padding included: tokens up to
+        ``plan.padded_tokens``, everything else to its end. The token of a decode row is that of
+        ``state.last_tokens``, or 0 where there is none.
+
+        Raises:
+            KernelArgumentError: the plan has more rows or tokens than ``state`` has room for, or
+                too few words.
+        """
+        for name, number, limit in (
+            ("num_rows", plan.num_rows, state.max_rows),
+            ("num_decodes", plan.num_decodes, plan.num_rows),
+            ("padded_tokens", plan.padded_tokens, len(state.token_ids)),
+            ("num_tokens", plan.num_tokens, plan.padded_tokens),
+            ("words", plan.num_words, len(plan.words)),
+            ("turn", plan.turn + 1, len(state.results)),
+        ):
+            if number > limit:
+                raise KernelArgumentError(f"{name}: expected at most {limit}, got {number}")
+        self._backend.begin_step(plan, state)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+        """Bring what was drawn to the host, and to the next step.
+
+        ``state.results[turn, 2:]`` becomes ``drawn``, then the mark of the plan is written before
+        it. Where ``state.keeps_drawn``, ``last_tokens[slots[n]] = max(drawn[n], 0)``.
 
         Shapes:
-            block_table:  [M, W] int32   of M slots, contiguous
-            new_blocks:   [U, 3] int32   slot, column and block id, distinct places
-            last_tokens:  [M'] int64     token drawn last for each slot
-            slots:        [R] int32      R may be 0, on all stages but the first
-            token_ids:    [T] int64      T >= R; those after the first R keep their values
+            drawn:    [N] int64   negative where nothing could be drawn; N may be 0
+            slots:    [N] int32   negative: a row of padding; otherwise distinct
+            returns:  [N] int32   ``drawn``
 
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        _check_dims("block_table", block_table, 2)
-        device = block_table.device
-        _check("block_table", block_table, block_table.shape, torch.int32, device)
-        _check("new_blocks", new_blocks, (len(new_blocks), 3), torch.int32, device)
-        _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, device)
-        _check("slots", slots, (len(slots),), torch.int32, device)
-        _check("token_ids", token_ids, (len(token_ids),), torch.int64, device)
-        if len(token_ids) < len(slots):
-            raise KernelArgumentError(
-                f"token_ids: expected one for each of {len(slots)} slots, got {len(token_ids)}"
-            )
-        for name, tensor in (("block_table", block_table), ("token_ids", token_ids)):
-            if not tensor.is_contiguous():
-                raise KernelArgumentError(
-                    f"{name}: expected contiguous, got stride {tensor.stride()}"
-                )
-        self._backend.begin_step(block_table, new_blocks, last_tokens, slots, token_ids)
-
-    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
-        """Remember what was drawn: ``last_tokens[slots[n]] = max(drawn[n], 0)``, in place.
-
-        Shapes:
-            drawn:        [N] int64   negative where nothing could be drawn
-            slots:        [N] int32   negative: a row of padding; otherwise distinct
-            last_tokens:  [M] int64   None on all stages but the first
-            returns:      [N] int32   ``drawn``
-
-        Raises:
-            KernelArgumentError: a shape, dtype or device differs from the above.
-        """
+        device = state.slots.device
         _check_dims("drawn", drawn, 1)
-        _check("drawn", drawn, drawn.shape, torch.int64, drawn.device)
-        _check("slots", slots, drawn.shape, torch.int32, drawn.device)
-        if last_tokens is not None:
-            _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, drawn.device)
-        return self._backend.end_step(drawn, slots, last_tokens)
+        _check("drawn", drawn, drawn.shape, torch.int64, device)
+        _check("slots", slots, drawn.shape, torch.int32, device)
+        if len(drawn) > state.max_rows:
+            raise KernelArgumentError(
+                f"drawn: expected at most {state.max_rows} rows, got {len(drawn)}"
+            )
+        return self._backend.end_step(drawn, slots, state)
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_dims("logits", logits, 2)
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        raise KernelArgumentError(f"logits: expected bf16 or fp32, got {logits.dtype}")
+    if not logits.shape[1]:
+        raise KernelArgumentError(f"logits: expected [N, V], got {list(logits.shape)}")
 
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:

@@ -1,11 +1,10 @@
 """A stage's steps at fixed addresses and padded sizes, so that CUDA graphs can replay them.
 
-Nothing here waits for the device. A plan begins with one copy of its inputs and one launch, for
-the new blocks and the tokens of the decode rows; then, on the last stage, plans without chunks
-do layers, head and draw in one graph. Plans with chunks have one graph by their number of tokens
-for the layers, another by the number of rows that sample for head and draw, so that few sizes of
-each exist. Where sampling needs more than its tables (penalties, log-probabilities), head and
-draw are not captured.
+Nothing here waits for the device or copies to it. A plan begins with one launch, which expands its
+rows on the device; then, on the last stage, plans without chunks do layers, head and draw in one
+graph. Plans with chunks have one graph by their number of tokens for the layers, another by the
+number of rows that sample for head and draw, so that few sizes of each exist. Where sampling needs
+more than its tables (penalties, log-probabilities), head and draw are not captured.
 
 Shape letters: T tokens, R rows, N rows that sample, D hidden, V vocabulary.
 """
@@ -18,13 +17,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ember_pp.kernels import Ops
+from ember_pp.kernels import Ops, StepState
 from ember_pp.stage.graphs import Graphs
-from ember_pp.stage.input_batch import BatchInputs
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.model import LayerOutput, OnLayer, StageModel
+from ember_pp.stage.plan_memory import PlanWriter
 from ember_pp.stage.sampler import SampledTokens, Sampler
-from ember_pp.stage.step_buffers import StepBuffers
+from ember_pp.stage.slots import PlanRows
 from ember_pp.stage.step_shape import StepShape, decode_size, decode_sizes, mixed_size
 
 MAX_CAPTURED_TOKENS = 2048
@@ -42,6 +41,8 @@ class StepLimits:
     max_tokens: int
     """``scheduler.max_tokens_per_plan``."""
     max_blocks_per_sequence: int
+    max_pending: int
+    """Plans that may not be done at once: more than ``max_in_flight``."""
 
     @property
     def max_rows(self) -> int:
@@ -51,10 +52,9 @@ class StepLimits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """A plan whose inputs are on the device."""
+    """A plan that has begun on the device."""
 
-    inputs: BatchInputs
-    """On the host."""
+    rows: PlanRows
     shape: StepShape
 
 
@@ -101,19 +101,25 @@ class CapturedSteps:
         self._model, self._kv_cache, self._ops = model, kv_cache, ops
         self._limits = limits
         self._sampler = sampler
-        self._last_tokens = last_tokens
+        self._is_first = last_tokens is not None
         storage = kv_cache.storage
         device, dtype, width = storage.device, storage.dtype, model.hidden_size
         self._graphs = Graphs(device, is_on=uses_graphs)
-        self._buffers = {
-            is_decode: _make_buffers(limits, kv_cache.block_size, device, is_decode=is_decode)
-            for is_decode in (True, False)
-        }
-        self._no_tokens = torch.zeros(0, dtype=torch.int64, device=device)
-        self._block_table = torch.zeros(
-            (limits.max_slots, limits.max_blocks_per_sequence), dtype=torch.int32, device=device
+        self.state = StepState.allocate(
+            max_tokens=limits.max_tokens,
+            max_rows=limits.max_rows,
+            max_slots=limits.max_slots,
+            max_blocks_per_sequence=limits.max_blocks_per_sequence,
+            block_size=kv_cache.block_size,
+            max_pending=limits.max_pending,
+            last_tokens=last_tokens,
+            # With several stages the first one is elsewhere: a feedback edge leads there.
+            keeps_drawn=sampler is not None,
+            device=device,
         )
-        received = limits.max_tokens if last_tokens is None else 0
+        self._writer = PlanWriter(limits.max_rows, limits.max_tokens, limits.max_pending, device)
+        self._nothing_drawn = torch.zeros(0, dtype=torch.int64, device=device)
+        received = 0 if self._is_first else limits.max_tokens
         self._received = torch.zeros((received, width), dtype=dtype, device=device)
         # What leaves the layers: all tokens, to be handed on, or of the rows that sample, what
         # comes out of the last layer and what it adds to.
@@ -123,14 +129,12 @@ class CapturedSteps:
     @property
     def num_bytes(self) -> int:
         """Device memory of all inputs and outputs."""
-        own = (self._block_table, self._received, self._leaving)
-        buffers = sum(buffers.num_bytes for buffers in self._buffers.values())
-        return buffers + sum(tensor.nbytes for tensor in own)
+        return self.state.num_bytes + self._received.nbytes + self._leaving.nbytes
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture what is known to come: every size of plans without chunks, the largest first,
-        so that the smaller ones find memory. Before the first plan; nothing is stored."""
+        so that the smaller ones find memory. Before the first plan: all rows are padding."""
         if not self._graphs.is_on:
             return
         for size in reversed(decode_sizes(self._limits.max_rows)):
@@ -138,20 +142,11 @@ class CapturedSteps:
             self._graphs.run(shape, self._whole_step(shape))
 
     @torch.inference_mode()
-    def begin(self, inputs: BatchInputs) -> Step:
-        """Bring the inputs of a plan to the device; on the first stage after its feedback."""
-        shape = self._shape(inputs)
-        buffers = self._buffers[shape.is_decode]
-        new_blocks = buffers.fill(inputs)
-        num_decodes = 0 if self._last_tokens is None else inputs.num_decode_rows
-        self._ops.begin_step(
-            self._block_table,
-            new_blocks,
-            self._no_tokens if self._last_tokens is None else self._last_tokens,
-            buffers["slots"][:num_decodes],
-            buffers["token_ids"],
-        )
-        return Step(inputs, shape)
+    def begin(self, plan: int, rows: PlanRows) -> Step:
+        """Expand the rows of a plan on the device; on the first stage after its feedback."""
+        shape = self._shape(rows)
+        self._ops.begin_step(self._writer.write(plan, rows, shape.num_tokens), self.state)
+        return Step(rows, shape)
 
     @torch.inference_mode()
     def receive(self, hidden_states: Tensor) -> None:
@@ -168,7 +163,7 @@ class CapturedSteps:
             hidden_states = self._hidden_states(step.shape, _unpadded(on_layer, step))
         else:
             hidden_states = self._run(step.shape, self._whole_step(step.shape))
-        return hidden_states[: len(step.inputs.positions)]
+        return hidden_states[: step.rows.num_tokens]
 
     @torch.inference_mode()
     def draw(
@@ -187,11 +182,12 @@ class CapturedSteps:
         """
         sampler = self._sampler
         assert sampler is not None, "not the last stage"
-        inputs, shape = step.inputs, step.shape
+        rows, shape = step.rows, step.shape
         is_watched = on_layer is not None or on_logits is not None
-        is_plain = sampler.is_plain(inputs.sample_slots)
+        sample_slots = rows.sample_slots
+        num_drawn = len(sample_slots)
+        is_plain = sampler.is_plain(sample_slots)
         sampler.flush()
-        num_drawn = len(inputs.sample_slots)
         if shape.is_decode and is_plain and not is_watched:
             return self._run(shape, self._whole_step(shape))[:num_drawn], None
         if on_layer is not None:
@@ -200,7 +196,7 @@ class CapturedSteps:
             key = dataclasses.replace(shape, num_samples=0)
             self._run(key, lambda: self._select(shape, self._layers(shape, None)))
         if not num_drawn:
-            return self._leaving.new_empty(0, dtype=torch.int32), None
+            return self._end(self._nothing_drawn), None
         if is_plain and not is_watched:
             key = dataclasses.replace(shape, num_tokens=0, num_rows=0)
             drawn = self._graphs.run(key, lambda: self._draw(shape, self._head(shape)))
@@ -210,9 +206,8 @@ class CapturedSteps:
             on_logits(logits[:num_drawn])
         if is_plain:
             return self._draw(shape, logits)[:num_drawn], None
-        sampled = sampler.sample(logits[:num_drawn], inputs.sample_slots, inputs.sample_positions)
-        slots = self._buffers[shape.is_decode]["sample_slots"]
-        return self._end(sampled.token_ids, slots[:num_drawn]), sampled
+        sampled = sampler.sample(logits[:num_drawn], sample_slots, rows.sample_positions)
+        return self._end(sampled.token_ids), sampled
 
     # ---------------------------------------------------------------- what may be captured
 
@@ -236,13 +231,13 @@ class CapturedSteps:
 
     def _layers(self, shape: StepShape, on_layer: OnLayer | None) -> LayerOutput:
         view = self._view(shape)
-        received = self._received[: shape.num_tokens] if self._last_tokens is None else None
+        received = None if self._is_first else self._received[: shape.num_tokens]
         prepared = self._model.prepare(view, self._kv_cache)
         return self._model.layers(view.token_ids, received, self._kv_cache, prepared, on_layer)
 
     def _select(self, shape: StepShape, output: LayerOutput) -> Tensor:
         """What comes out of the layers of the rows that sample, and of all behind them."""
-        rows = None if shape.is_decode else self._buffers[False]["sample_rows"]
+        rows = None if shape.is_decode else self.state.sample_rows
         for leaving, tensor in zip(self._leaving, output, strict=True):
             if tensor is None:
                 leaving.zero_()
@@ -258,25 +253,22 @@ class CapturedSteps:
         return self._model.head(LayerOutput(residual, added))
 
     def _draw(self, shape: StepShape, logits: Tensor) -> Tensor:
-        sampler, buffers = self._sampler, self._buffers[shape.is_decode]
-        assert sampler is not None, "not the last stage"
-        slots = buffers["sample_slots"][: shape.num_samples]
-        positions = buffers["sample_positions"][: shape.num_samples]
-        drawn = self._ops.sample_tokens(logits, slots, positions, sampler.params)
-        return self._end(drawn, slots)
+        assert self._sampler is not None, "not the last stage"
+        slots = self.state.sample_slots[: shape.num_samples]
+        positions = self.state.sample_positions[: shape.num_samples]
+        return self._end(self._ops.sample_tokens(logits, slots, positions, self._sampler.params))
 
-    def _end(self, drawn: Tensor, slots: Tensor) -> Tensor:
-        # With several stages the first one is elsewhere: a feedback edge leads there.
-        return self._ops.end_step(drawn, slots, self._last_tokens)
+    def _end(self, drawn: Tensor) -> Tensor:
+        return self._ops.end_step(drawn, self.state.sample_slots[: len(drawn)], self.state)
 
     # ---------------------------------------------------------------- sizes and views
 
-    def _shape(self, inputs: BatchInputs) -> StepShape:
-        num_tokens, num_samples = len(inputs.positions), len(inputs.sample_slots)
-        max_rows = self._limits.max_rows
-        if inputs.max_query_len == 1 and num_samples == inputs.num_decode_rows == num_tokens:
+    def _shape(self, rows: PlanRows) -> StepShape:
+        max_rows, num_tokens = self._limits.max_rows, rows.num_tokens
+        if not rows.chunk_slots:
             size = decode_size(num_tokens, max_rows)
             return StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
+        num_samples = rows.num_decodes + sum(rows.chunk_samples)
         return StepShape(
             is_decode=False,
             num_tokens=mixed_size(num_tokens, self._limits.max_tokens, MAX_CAPTURED_TOKENS),
@@ -285,37 +277,20 @@ class CapturedSteps:
         )
 
     def _view(self, shape: StepShape) -> _View:
-        buffers, num_tokens, num_rows = (
-            self._buffers[shape.is_decode],
-            shape.num_tokens,
-            shape.num_rows,
-        )
+        state, num_tokens, num_rows = self.state, shape.num_tokens, shape.num_rows
         return _View(
-            token_ids=buffers["token_ids"][:num_tokens],
-            positions=buffers["positions"][:num_tokens],
-            slot_mapping=buffers["slot_mapping"][:num_tokens],
-            cu_seqlens_q=buffers["cu_seqlens_q"][: num_rows + 1],
-            context_lens=buffers["context_lens"][:num_rows],
-            block_tables=self._block_table,
-            table_rows=buffers["slots"][:num_rows],
-            decode_lens=None if shape.is_decode else buffers["decode_lens"][:num_rows],
+            token_ids=state.token_ids[:num_tokens],
+            positions=state.positions[:num_tokens],
+            slot_mapping=state.slot_mapping[:num_tokens],
+            cu_seqlens_q=state.cu_seqlens_q[: num_rows + 1],
+            context_lens=state.context_lens[:num_rows],
+            block_tables=state.block_table,
+            table_rows=state.slots[:num_rows],
+            decode_lens=None if shape.is_decode else state.decode_lens[:num_rows],
             max_query_len=1 if shape.is_decode else num_tokens,
         )
 
 
-def _make_buffers(
-    limits: StepLimits, block_size: int, device: torch.device, *, is_decode: bool
-) -> StepBuffers:
-    max_tokens = limits.max_rows if is_decode else limits.max_tokens
-    return StepBuffers(
-        max_tokens=max_tokens,
-        max_rows=limits.max_rows,
-        max_new_blocks=limits.max_rows + (0 if is_decode else -(-max_tokens // block_size)),
-        is_decode=is_decode,
-        device=device,
-    )
-
-
 def _unpadded(on_layer: OnLayer, step: Step) -> OnLayer:
-    num_tokens = len(step.inputs.positions)
+    num_tokens = step.rows.num_tokens
     return lambda layer, hidden_states: on_layer(layer, hidden_states[:num_tokens])

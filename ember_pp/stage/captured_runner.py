@@ -2,7 +2,7 @@
 
 The order of a plan is that of ``runner.py``. With a single stage nothing waits for the device:
 what a plan draws is where the next plan reads it, and the tokens for the coordinator come to the
-host by a copy behind them. Between stages the host still waits where the hand-off does.
+host behind them. Between stages the host still waits where the hand-off does.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ember_pp.protocol import Execute, Sampled, pack_i32
+from ember_pp.protocol import Execute, Sampled
 from ember_pp.stage.captured import CapturedSteps, Step
-from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.last_tokens import LastTokens
+from ember_pp.stage.plan_memory import TokenReader
 from ember_pp.stage.runner import HiddenStatesSink, HiddenStatesSource, StartedPlan
 from ember_pp.stage.sampler import SampledTokens, Sampler
+from ember_pp.stage.slots import Slots
 from ember_pp.stage.tap import Tap
-from ember_pp.stage.token_reader import TokenReader
 
 
 class CapturedRunner:
@@ -26,8 +26,7 @@ class CapturedRunner:
     Args:
         stage_index: names the files of a tap.
         steps: the stage's layers, head and sampling.
-        slots: block tables and rosters, on the host.
-        reader: of the tokens, on the last stage.
+        slots: blocks and rosters.
         source, sink, sampler, last_tokens, feedback: as in ``runner.StageRunner``.
     """
 
@@ -35,19 +34,17 @@ class CapturedRunner:
         self,
         stage_index: int,
         steps: CapturedSteps,
-        slots: SlotTable,
+        slots: Slots,
         *,
         source: HiddenStatesSource | None,
         sink: HiddenStatesSink | None,
         sampler: Sampler | None,
         last_tokens: LastTokens | None,
         feedback: HiddenStatesSink | None,
-        reader: TokenReader | None,
     ) -> None:
         assert (sink is None) != (sampler is None), "the last stage samples, the others hand on"
         assert (source is None) != (last_tokens is None), "the first stage embeds tokens"
         assert (feedback is None) == (sampler is None or source is None), "last to first"
-        assert (sampler is None) == (reader is None), "the last stage reads tokens"
         self._stage_index = stage_index
         self._steps = steps
         self._slots = slots
@@ -56,7 +53,7 @@ class CapturedRunner:
         self._sampler = sampler
         self._last_tokens = last_tokens
         self._feedback = feedback
-        self._reader = reader
+        self._reader = None if sampler is None else TokenReader(steps.state)
 
     def warm_up(self) -> None:
         """Before the first plan: see ``CapturedSteps.warm_up``."""
@@ -77,15 +74,17 @@ class CapturedRunner:
             ProtocolError: the plan does not fit the ones before it.
             HandoffError: an edge was closed.
         """
-        inputs = self._slots.apply(execute)
+        rows = self._slots.apply(execute)
         if self._sampler is not None:
             for opened in execute.open:
                 self._sampler.open(opened)
         if self._last_tokens is not None:
-            self._last_tokens.await_feedback(execute, inputs.num_decode_rows)
+            self._last_tokens.await_feedback(execute, rows.num_decodes)
             if self._sampler is None:
-                self._last_tokens.expect(execute.plan, inputs)
-        step = self._steps.begin(inputs)
+                self._last_tokens.expect(
+                    execute.plan, torch.tensor(rows.sample_slots, dtype=torch.int64)
+                )
+        step = self._steps.begin(execute.plan, rows)
         tap = Tap.of(execute, self._stage_index)
         self._receive(execute.plan, step, tap)
         if self._sampler is not None:
@@ -100,7 +99,7 @@ class CapturedRunner:
     def _receive(self, plan: int, step: Step, tap: Tap | None) -> None:
         if self._source is None:
             return
-        received = self._source.receive(plan, len(step.inputs.positions))
+        received = self._source.receive(plan, step.rows.num_tokens)
         if tap is not None:
             tap.keep("input", received)
         self._steps.receive(received)
@@ -118,7 +117,7 @@ class CapturedRunner:
                 tap.keep("token_ids", token_ids.long())
             tap.write()
         assert self._reader is not None, "the last stage reads tokens"
-        pending = self._reader.start(token_ids)
+        pending = self._reader.pending(execute.plan, len(token_ids))
 
         def finish() -> Sampled:
             return _answer(execute, pending.read(), sampled)
@@ -131,6 +130,6 @@ class CapturedRunner:
             self._feedback.send(plan, token_ids.clamp(min=0)[:, None])
 
 
-def _answer(execute: Execute, token_ids: list[int], sampled: SampledTokens | None) -> Sampled:
+def _answer(execute: Execute, token_ids: bytes, sampled: SampledTokens | None) -> Sampled:
     logprobs = [] if sampled is None else sampled.logprobs
-    return Sampled(execute.epoch, execute.plan, pack_i32(token_ids), logprobs)
+    return Sampled(execute.epoch, execute.plan, token_ids, logprobs)

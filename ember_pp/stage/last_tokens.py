@@ -78,7 +78,10 @@ class LastTokens:
         self.await_feedback(execute, inputs.num_decode_rows)
         if inputs.num_decode_rows:
             inputs.token_ids[: inputs.num_decode_rows] = self._token_ids[inputs.decode_slots]
-        self.expect(execute.plan, inputs)
+        if len(inputs.sample_slots) == inputs.num_decode_rows:
+            self.expect(execute.plan, inputs.decode_slots)
+        else:
+            self.expect(execute.plan, torch.tensor(inputs.sample_slots, dtype=torch.int64))
 
     def await_feedback(self, execute: Execute, num_decode_rows: int) -> None:
         """Take the feedback that a plan's decode rows need, and wait for it.
@@ -95,9 +98,11 @@ class LastTokens:
             )
         self._receive(max(execute.feedback, execute.plan - self._max_in_flight))
 
-    def expect(self, plan: int, inputs: BatchInputs) -> None:
-        """``plan`` draws tokens that ``put`` will bring."""
-        self._expected.append((plan, self._sample_slots(inputs)))
+    def expect(self, plan: int, slots: Tensor) -> None:
+        """``put`` will bring the tokens that ``plan`` draws for ``slots``, [N] int64."""
+        if slots.device != self._device:
+            slots = slots.pin_memory().to(self._device, non_blocking=True)
+        self._expected.append((plan, slots))
 
     def put(self, plan: int, token_ids: Tensor) -> None:
         """The tokens that ``plan`` drew, [N] of any integer dtype, in the order of its rows.
@@ -120,12 +125,3 @@ class LastTokens:
             plan, slots = self._expected[0]
             self.put(plan, self._source.receive(plan, len(slots))[:, 0])
             self._source.release(plan)
-
-    def _sample_slots(self, inputs: BatchInputs) -> Tensor:
-        if len(inputs.sample_slots) == inputs.num_decode_rows:
-            slots = inputs.decode_slots
-        else:
-            slots = torch.tensor(inputs.sample_slots, dtype=torch.int64)
-        if slots.device == self._device:
-            return slots
-        return slots.pin_memory().to(self._device, non_blocking=True)

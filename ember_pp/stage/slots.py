@@ -76,6 +76,12 @@ class PlanRows:
         return len(self.roster.slots) + sum(self.chunk_lens)
 
     @property
+    def packed_chunks(self) -> bytes:
+        """i32 quadruples of the chunks, as ``Roster.packed_rows``."""
+        columns = (self.chunk_slots, self.chunk_starts, self.chunk_lens, self.chunk_samples)
+        return array.array("i", [n for row in zip(*columns, strict=True) for n in row]).tobytes()
+
+    @property
     def decode_positions(self) -> list[int]:
         """Position of the token of each roster row."""
         return [start + self.num_plans for start in self.roster.starts]
@@ -239,9 +245,7 @@ class Slots:
 
     # ---------------------------------------------------------------- the rows
 
-    def _read_chunks(
-        self, execute: Execute
-    ) -> tuple[list[int], list[int], list[int], list[bool]]:
+    def _read_chunks(self, execute: Execute) -> tuple[list[int], list[int], list[int], list[bool]]:
         values = unpack_u32(execute.chunks).tolist()
         if len(values) % 4:
             raise ProtocolError(f"chunks: expected quadruples, got {len(values)} numbers")

@@ -50,8 +50,8 @@ from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.runner import StageRunner, StartedPlan
 from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.slots import Slots
 from ember_pp.stage.timing import PlanRecorder, StageClock
-from ember_pp.stage.token_reader import TokenReader
 from ember_pp.stage.weights import load_stage
 
 _PROGRESS_PERIOD_S = 0.1
@@ -418,14 +418,6 @@ class _Slice:
         is_captured = self.device.type == "cuda" and self._ops.captures_attention(
             self.dtype, cfg.head_dim, cfg.num_heads // cfg.num_kv_heads, block_size
         )
-        slots = SlotTable(
-            message.max_slots,
-            self.max_blocks_per_sequence,
-            block_size,
-            num_blocks=num_blocks,
-            vocab_size=cfg.vocab_size,
-            device="cpu" if is_captured else self.device,
-        )
         kv_cache = KVCache.allocate(
             cfg, self.num_layers, num_blocks, block_size, self.dtype, self.device
         )
@@ -448,26 +440,26 @@ class _Slice:
             last_tokens=last_tokens,
             feedback=sender if self.is_last else None,
         )
+        sizes = message.max_slots, self.max_blocks_per_sequence, block_size
+        bounds = {"num_blocks": num_blocks, "vocab_size": cfg.vocab_size}
         if not is_captured:
-            return StageRunner(message.stage_index, self._model, kv_cache, slots, **ends)
-        limits = StepLimits(
-            max_slots=message.max_slots,
-            max_tokens=self.config.scheduler.max_tokens_per_plan,
-            max_blocks_per_sequence=self.max_blocks_per_sequence,
-        )
+            table = SlotTable(*sizes, **bounds, device=self.device)
+            return StageRunner(message.stage_index, self._model, kv_cache, table, **ends)
         steps = CapturedSteps(
             self._model,
             kv_cache,
             self._ops,
-            limits,
+            StepLimits(
+                max_slots=message.max_slots,
+                max_tokens=self.config.scheduler.max_tokens_per_plan,
+                max_blocks_per_sequence=self.max_blocks_per_sequence,
+                max_pending=message.max_in_flight + 1,
+            ),
             sampler=sampler,
             last_tokens=None if last_tokens is None else last_tokens.tokens,
             uses_graphs=self.config.cuda_graphs,
         )
-        reader = None
-        if self.is_last:
-            reader = TokenReader(limits.max_rows, message.max_in_flight + 1, self.device)
-        return CapturedRunner(message.stage_index, steps, slots, reader=reader, **ends)
+        return CapturedRunner(message.stage_index, steps, Slots(*sizes, **bounds), **ends)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -39,7 +39,7 @@ from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
 from ember_pp.stage.runner import StageRunner
 from ember_pp.stage.sampler import Sampler
-from ember_pp.stage.token_reader import TokenReader
+from ember_pp.stage.slots import Slots
 from ember_pp.stage.weights import load_stage
 
 JOIN_S = 120.0
@@ -112,8 +112,7 @@ def make_stage(
     ops = make_ops("auto", device)
     model = StageModel(cfg, weights, *layers, **ends, ops=ops)
     cache = KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, device)
-    inputs_on = device if kind == "eager" else "cpu"
-    slots = SlotTable(MAX_SLOTS, max_blocks, BLOCK_SIZE, num_blocks=NUM_BLOCKS, device=inputs_on)
+    sizes = MAX_SLOTS, max_blocks, BLOCK_SIZE
     around = {
         "source": source,
         "sink": sink,
@@ -122,20 +121,23 @@ def make_stage(
         "feedback": tokens_out if sink is None else None,
     }
     if kind == "eager":
-        return StageRunner(stage_index, model, cache, slots, **around)
+        table = SlotTable(*sizes, num_blocks=NUM_BLOCKS, device=device)
+        return StageRunner(stage_index, model, cache, table, **around)
     steps = CapturedSteps(
         model,
         cache,
         ops,
         StepLimits(
-            max_slots=MAX_SLOTS, max_tokens=MAX_TOKENS_PER_PLAN, max_blocks_per_sequence=max_blocks
+            max_slots=MAX_SLOTS,
+            max_tokens=MAX_TOKENS_PER_PLAN,
+            max_blocks_per_sequence=max_blocks,
+            max_pending=MAX_IN_FLIGHT + 1,
         ),
         sampler=around["sampler"],
         last_tokens=None if last_tokens is None else last_tokens.tokens,
         uses_graphs=kind == "graphs",
     )
-    reader = TokenReader(MAX_SLOTS, 1, device) if sink is None else None
-    return CapturedRunner(stage_index, steps, slots, reader=reader, **around)
+    return CapturedRunner(stage_index, steps, Slots(*sizes, num_blocks=NUM_BLOCKS), **around)
 
 
 def replay(folder, num_stages, dtype, device, kind, plans, *, is_last_late=False):
