@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,29 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     job = config.job
     assert isinstance(job, BenchJob)
     preparation = _prepare(config, job)
-    workload = make_workload(
-        job, preparation.model_config.vocab_size, preparation.max_model_len
-    )
+    workload = make_workload(job, preparation.model_config.vocab_size, preparation.max_model_len)
     _check_batch(config, workload)
     measured = _measure_rates(config, preparation)
     with connect(config) as client:
         runs = _run_all(client, config, job, workload, preparation)
-        card_facts = cards([rates["uuid"] for rates in measured["rates"].values() if "uuid" in rates])
+        card_facts = cards(
+            [rates["uuid"] for rates in measured["rates"].values() if "uuid" in rates]
+        )
     floor = _floor_of(config, preparation, measured["rates"])
     result = _result_of(config, job, workload, floor, runs)
     result["rates"] = measured["rates"]
-    result["compare"] = bench_compare.compare(config, job, workload, preparation, result)
+    result["compare"] = None
+    if job.compare != "none":
+        _say(f"running {job.compare} ...")
+        result["compare"] = bench_compare.compare(
+            config,
+            job,
+            workload.turn(job.warmup, preparation.model_config.vocab_size),
+            preparation,
+            ours=result["summary"],
+            first_tokens=[stream.first_token for stream in runs.counted[0].streams],
+        )
+    _say("")
     result["conditions"] = conditions(measured["versions"]) | {"cards": card_facts}
     result["settings"] = changed_settings(config)
     _report(job, result)
@@ -174,7 +185,6 @@ def _run_all(
         _say(f"running {workload.name} ({number + 1} of {job.repeats}) ...")
         counted.append(run_once(client, turn, sampling))
     after = settled_status(client)
-    _say("")
     return _Runs(
         counted=counted,
         stages=stage_times(before, after),

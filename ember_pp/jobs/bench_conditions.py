@@ -72,7 +72,7 @@ def changed_settings(config: Config) -> dict[str, Any]:
     """Dotted keys that are not at their defaults, but for the architecture of a preset."""
     given = configuration.to_plain(config)
     defaults = configuration.to_plain(configuration.Config(job=type(config.job)()))
-    changed = {}
+    changed: dict[str, Any] = {}
     for group, value in given.items():
         if not isinstance(value, dict):
             changed |= {group: value} if value != defaults[group] else {}

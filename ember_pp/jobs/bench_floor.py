@@ -1,4 +1,4 @@
-"""The least time that a workload can take on the devices of a pipeline, at the rates measured there.
+"""The least time that a workload can take on its devices, at the rates that were measured there.
 
 A decode step reads every weight that it multiplies with once, and the keys and values of all its
 contexts; a prompt token takes two operations for each weight of the layers. What a plan cannot

@@ -155,7 +155,7 @@ def _summary_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("", "median", "lowest", "highest")]
     for name, label in _LABELS.items():
         if (spread := result["summary"].get(name)) is not None:
-            rows.append((label, *(_number(spread[key]) for key in ("median", "min", "max"))))
+            rows.append((label, *_spread_cells(spread)))
     return rows
 
 
@@ -207,18 +207,29 @@ def _stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _compare_lines(result: Mapping[str, Any]) -> list[str]:
-    compare = result["compare"]
-    unit, ours = compare["unit"], compare["ours"]
-    rows: list[tuple[str, ...]] = [("", f"{unit}, median", "lowest", "highest", "times ours")]
-    rows.append(("ember-pp", *(_number(ours[key]) for key in ("median", "min", "max")), "1"))
+    compare, batch = result["compare"], result["workload"]["batch"]
+    rows: list[tuple[str, ...]] = [
+        (f"{compare['unit']}, on {compare['device']}", "median", "lowest", "highest", "times ours")
+    ]
+    if compare["ours"] is not None:
+        rows.append(("ember-pp", *_spread_cells(compare["ours"]), "1"))
+    notes = []
     for name, other in compare["others"].items():
         if "error" in other:
-            rows.append((name, other["error"], "", "", ""))
+            notes.append(f"{name}: {other['error']}")
             continue
-        spread = other["summary"]
-        shown = (_number(spread[key]) for key in ("median", "min", "max"))
-        rows.append((name, *shown, f"{other['times_ours']:.3g}"))
-    return _table(rows)
+        times = other["times_ours"]
+        rows.append(
+            (name, *_spread_cells(other["summary"]), "-" if times is None else _number(times))
+        )
+        notes.append(
+            f"{name}: the first token is ours in {other['equal_first_tokens']} of {batch} answers"
+        )
+    return [*_table(rows), *(f"  {note}" for note in notes)]
+
+
+def _spread_cells(spread: Mapping[str, float]) -> list[str]:
+    return [_number(spread[key]) for key in ("median", "min", "max")]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -226,7 +237,10 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
         ).rstrip()
         for row in rows
     ]

@@ -47,9 +47,7 @@ class BenchRun:
     streams: list[Stream]
 
 
-def run_once(
-    client: BenchClient, workload: BenchWorkload, sampling: Mapping[str, Any]
-) -> BenchRun:
+def run_once(client: BenchClient, workload: BenchWorkload, sampling: Mapping[str, Any]) -> BenchRun:
     """Send every request at once, and wait for all.
 
     Raises:
@@ -95,6 +93,7 @@ def _stream_of(answer: BenchAnswer, output_tokens: int, started_s: float) -> Str
             for delta in deltas
             if delta.token_ids
         ],
+        first_token=completion.token_ids[0],
         cached_tokens=completion.num_cached_tokens,
     )
 

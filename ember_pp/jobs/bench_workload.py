@@ -125,6 +125,7 @@ class Stream:
     input_tokens: int
     arrivals: list[tuple[float, int]]
     """(seconds since the requests were sent, tokens that came then), in order."""
+    first_token: int
     cached_tokens: int = 0
     """Of the prompt, found in the prefix cache."""
 

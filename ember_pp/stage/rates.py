@@ -8,6 +8,7 @@ of 1024 x 1024, with the threads that a stage has. Each is a median of several.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -20,6 +21,7 @@ import torch
 
 from ember_pp.errors import KernelBuildError
 from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.stage.__main__ import die_with_parent
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CUDA_REPEATS, _CPU_REPEATS = 100, 5  # a fifth of a second, as a card runs when it is warm
@@ -31,6 +33,7 @@ _READ_THREADS, _READ_BLOCKS_PER_MULTIPROCESSOR = 512, 4  # of csrc/read_bandwidt
 def main() -> None:
     """Measure what stdin says."""
     wanted = json.load(sys.stdin)
+    die_with_parent(wanted["parent_pid"])
     torch.set_num_threads(wanted["num_threads"])
     dtype = _DTYPES[wanted["dtype"]]
     rates = {name: measure(torch.device(name), dtype) for name in wanted["devices"]}
@@ -118,14 +121,17 @@ def _times(run: Callable[[], object], device: torch.device) -> list[float]:
             run()
             seconds.append(time.perf_counter() - started_s)
         return seconds
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_CUDA_REPEATS + 1)]
+    marks: list[Any] = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(_CUDA_REPEATS + 1)
+    ]
     run()  # the clocks are up
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1e3 for start, end in zip(marks, marks[1:], strict=False)]
+    return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
 
 
 if __name__ == "__main__":
