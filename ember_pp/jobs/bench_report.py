@@ -119,7 +119,7 @@ def render(result: Mapping[str, Any]) -> str:
         ("workload", _describe_workload(result["workload"])),
         ("model", _describe_model(result["model"])),
         ("runs", f"{result['num_warmup']} to warm up, {len(result['repeats'])} that count"),
-        *((f"rates {name}", _describe_rates(rates)) for name, rates in result["rates"].items()),
+        *((name, _describe_rates(rates)) for name, rates in result["rates"].items()),
     ]
     lines = [f"{name:<10}{text}" for name, text in rows]
     lines += ["", *_table(_summary_rows(result)), ""]

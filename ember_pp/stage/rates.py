@@ -24,7 +24,8 @@ from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.stage.__main__ import die_with_parent
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_CUDA_REPEATS, _CPU_REPEATS = 100, 5  # a fifth of a second, as a card runs when it is warm
+_CUDA_REPEATS, _CPU_REPEATS = 300, 5
+"""On a GPU about half a second: what it keeps up, not what it reaches before it is warm."""
 _CUDA_BYTES, _CPU_BYTES = 2 * 1024**3, 256 * 1024**2
 _CUDA_SIZE, _CPU_SIZE = 8192, 1024
 _READ_THREADS, _READ_BLOCKS_PER_MULTIPROCESSOR = 512, 4  # of csrc/read_bandwidth.cuh
