@@ -84,7 +84,11 @@ class CacheSettings:
     """The paged KV cache of each stage."""
 
     memory_gib: float | None = None
-    """KV memory of each stage in GiB; null: a share of what is free beside the weights."""
+    """KV memory of each stage in GiB; null: by ``memory_share`` on a GPU, and on the CPU a quarter
+    of what is available, divided by the stages."""
+    memory_share: float = 0.9
+    """Of what is free on a GPU beside the weights, what a stage takes for its KV cache and
+    everything else (``docs/planning.md``); the rest stays free."""
     block_size: int = 16
     """Tokens per block."""
     prefix: bool = True
@@ -93,6 +97,10 @@ class CacheSettings:
     def check(self) -> None:
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ConfigError(f"cache.memory_gib: expected above 0, got {self.memory_gib}")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(
+                f"cache.memory_share: expected above 0, at most 1, got {self.memory_share}"
+            )
         _at_least("cache.block_size", self.block_size, 1)
         if self.block_size > 256:
             raise ConfigError(f"cache.block_size: expected at most 256, got {self.block_size}")

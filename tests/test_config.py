@@ -19,6 +19,7 @@ PRESETS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
 KEYS = {
     "cache.block_size",
     "cache.memory_gib",
+    "cache.memory_share",
     "cache.prefix",
     "coordinator.address",
     "coordinator.max_message_bytes",
@@ -253,6 +254,8 @@ def field_names(job):
         ("plan.max_requests", 0),
         ("cache.memory_gib", 0),
         ("cache.memory_gib", "8"),
+        ("cache.memory_share", 0.0),
+        ("cache.memory_share", 1.1),
         ("cache.block_size", 0),
         ("cache.block_size", 257),
         ("scheduler.policy", "fifo"),

@@ -57,23 +57,35 @@ def num_cuda_blocks(
     block_bytes: int,
     *,
     memory_gib: float | None,
+    memory_share: float,
     free_bytes: int,
     total_bytes: int,
     weight_bytes: int,
-    activation_bytes: int,
+    reserved_bytes: int,
     num_stages_on_device: int,
 ) -> int:
-    """KV blocks of a CUDA stage: what the setting says, else 90% of what is free beside weights.
+    """KV blocks of a CUDA stage: what the setting says, else a share of what is free.
 
     ``free_bytes`` is measured with this stage's weights loaded. Stages that share a device may
     not have loaded theirs yet, so each takes no more than its part of the whole card.
+
+    Args:
+        block_bytes: bytes of one block on this stage; 0: any number.
+        memory_gib: ``cache.memory_gib``; None: by ``memory_share``.
+        memory_share: ``cache.memory_share``.
+        free_bytes: of the device, now.
+        total_bytes: of the device.
+        weight_bytes: of this stage.
+        reserved_bytes: for activations and graphs, out of the share.
+        num_stages_on_device: this one among them.
     """
     if block_bytes == 0:
         return _ANY_NUMBER
     if memory_gib is not None:
         return int(memory_gib * _GIB) // block_bytes
     part = total_bytes // num_stages_on_device - weight_bytes
-    return max(0, kv_budget_bytes(min(free_bytes, part), activation_bytes)) // block_bytes
+    budget = kv_budget_bytes(min(free_bytes, part), reserved_bytes, memory_share)
+    return max(0, budget) // block_bytes
 
 
 def _meminfo() -> dict[str, int]:

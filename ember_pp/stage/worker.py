@@ -343,15 +343,21 @@ class _Slice:
         return capacity.num_cuda_blocks(
             self.block_bytes,
             memory_gib=memory_gib,
+            memory_share=self.config.cache.memory_share,
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             weight_bytes=self.weight_bytes,
-            activation_bytes=memory_model.activation_bytes(
-                self.model_config,
-                self.config.scheduler.max_tokens_per_plan,
-                self.message.max_slots if self.is_last else 0,
-            ),
+            reserved_bytes=self.activation_bytes + memory_model.CUDA_GRAPH_BYTES,
             num_stages_on_device=self._num_stages_on_device(),
+        )
+
+    @property
+    def activation_bytes(self) -> int:
+        """Set aside for a forward pass."""
+        return memory_model.activation_bytes(
+            self.model_config,
+            self.config.scheduler.max_tokens_per_plan,
+            self.message.max_slots if self.is_last else 0,
         )
 
     def _num_stages_on_device(self) -> int:

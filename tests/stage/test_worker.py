@@ -326,8 +326,9 @@ def test_cpu_blocks_are_a_share_of_what_is_free(monkeypatch):
     ("changes", "num_blocks"),
     [
         ({}, 80),  # 90% of 900 free, less 10 for activations
+        ({"memory_share": 0.5}, 44),
         ({"num_stages_on_device": 2}, 35),  # its half of 1000, less its weights
-        ({"activation_bytes": 5000}, 0),
+        ({"reserved_bytes": 5000}, 0),
         ({"memory_gib": 1.0}, 2**30 // 10),
     ],
 )
@@ -337,7 +338,8 @@ def test_cuda_blocks_leave_room_for_weights_and_neighbours(changes, num_blocks):
         "free_bytes": 900,
         "total_bytes": 1000,
         "weight_bytes": 100,
-        "activation_bytes": 10,
+        "memory_share": 0.9,
+        "reserved_bytes": 10,
         "num_stages_on_device": 1,
     }
     assert capacity.num_cuda_blocks(10, **(sizes | changes)) == num_blocks
