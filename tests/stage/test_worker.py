@@ -300,6 +300,68 @@ def test_out_of_memory_says_what_to_lower(error):
     assert failed.remote_type == type(error).__name__
 
 
+CUDA_OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of "
+    "which 1.06 GiB is free. Including non-PyTorch memory, this process has 22 GiB in use. See\n"
+    "documentation for Memory Management"
+)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError(CUDA_OUT_OF_MEMORY)
+
+
+def lost_memory(failed):
+    """The text of a ``CapacityError``, whose job ends with exit code 3."""
+    rebuilt = from_wire(failed.error)
+    assert type(rebuilt).__name__ == "CapacityError"
+    assert rebuilt.exit_code == 3
+    assert failed.remote_type == "OutOfMemoryError"
+    text = str(rebuilt)
+    assert "GPU 0 has a total capacity of 23.64 GiB of which 1.06 GiB is free)" in text
+    assert "non-PyTorch" not in text
+    return text
+
+
+def test_weights_that_do_not_fit_ask_for_more_stages(demo_path, monkeypatch):
+    monkeypatch.setattr("ember_pp.stage.worker.load_stage", out_of_memory)
+    stage = Stage(demo_path)
+    [failed] = stage.run(stage.config)
+    text = lost_memory(failed)
+    assert (
+        "while loading: 10 layers and what belongs to them are 0.02 GiB of weights on cpu" in text
+    )
+    assert text.endswith("raise pipeline.stages, or use other devices (pipeline.devices)")
+
+
+def test_state_that_does_not_fit_beside_the_weights_asks_for_less_of_it(demo_path, monkeypatch):
+    stage = Stage(demo_path)
+    stage.load()
+    monkeypatch.setattr("ember_pp.stage.worker.Sampler", out_of_memory)
+    [failed] = stage.run(protocol.Start(EPOCH, NUM_BLOCKS, {}))
+    assert "; lower cache.memory_gib or scheduler.max_tokens_per_plan" in lost_memory(failed)
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ({}, "or cache.memory_share=0.9, or set cache.memory_gib"),
+        ({"memory_gib": 0.25}, "or cache.memory_gib=0.25"),
+    ],
+)
+def test_a_plan_that_does_not_fit_asks_for_smaller_ones(
+    demo_path, recorded, monkeypatch, cache, words
+):
+    stage = Stage(demo_path, cache=cache)
+    stage.load()
+    stage.start()
+    monkeypatch.setattr("ember_pp.stage.model.StageModel.forward", out_of_memory)
+    [failed] = stage.run(recorded[0][0])
+    text = lost_memory(failed)
+    assert "in plan 0: beside 0.02 GiB of weights and 0.0" in text
+    assert text.endswith(f"lower scheduler.max_tokens_per_plan={MAX_TOKENS_PER_PLAN} {words}")
+
+
 def test_any_other_exception_travels_with_its_traceback():
     try:
         raise KeyError("boom")
