@@ -4,6 +4,7 @@
 the coordinator.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -26,13 +27,14 @@ from recorded_plans import (
 )
 
 from ember_pp import config as configuration
-from ember_pp import partition, protocol
+from ember_pp import memory_model, partition, protocol
 from ember_pp.checkpoint import read_config
 from ember_pp.coordinator.launcher import LocalLauncher, end_all
 from ember_pp.errors import from_wire
 from ember_pp.model_config import ModelConfig
 from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
 from ember_pp.stage import capacity
+from ember_pp.stage import worker as worker_module
 from ember_pp.stage.failure import failure_of
 from ember_pp.stage.worker import StageWorker
 
@@ -564,3 +566,19 @@ def test_a_stage_that_starts_as_an_orphan_ends():
     command = [sys.executable, "-m", "ember_pp.stage", "--address", "ipc:///tmp/nobody"]
     command += ["--stage-index", "0", "--parent-pid", "1"]
     assert subprocess.run(command, check=False, timeout=START_S).returncode == 1
+
+
+def test_a_cuda_stage_takes_what_is_planned_for_it(demo_path, monkeypatch):
+    """The stage and ``job=plan`` do the same arithmetic, with the same settings."""
+    message = make_config(
+        demo_path, 0, 1, cache={"memory_share": 0.7}, pipeline={"devices": "auto"}
+    )
+    message = dataclasses.replace(message, device="cuda:0")
+    total, free = 24 * 2**30, 20 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    loaded = worker_module._Slice(message)
+    cfg = ModelConfig.from_plain(message.model_config)
+    reserved = 512 * 2**20 + memory_model.activation_bytes(cfg, MAX_TOKENS_PER_PLAN, MAX_SLOTS)
+    block_bytes = BLOCK_SIZE * partition.kv_bytes_per_token(cfg, cfg.num_layers, 4)
+    assert loaded.num_blocks_that_fit() == (int(0.7 * free) - reserved) // block_bytes
