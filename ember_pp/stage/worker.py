@@ -138,7 +138,17 @@ class StageWorker:
             epoch=-1 if self._slice is None else self._slice.message.epoch,
             stage_index=self._stage_index,
             plan=self._last_plan + 1,
+            **self._memory_advice(),
         )
+
+    def _memory_advice(self) -> dict[str, str]:
+        """What to lower if it was memory that was short, by what is going on."""
+        if self._slice is None:
+            return {}
+        if self._runner is not None:
+            return {"memory_advice": self._slice.step_advice(self._last_plan + 1)}
+        is_loaded = self._slice.weight_bytes > 0
+        return {} if is_loaded else {"memory_advice": self._slice.loading_advice()}
 
     def close(self) -> None:
         """End waits for neighbours, now; the worker then fails silently. Any thread."""
@@ -318,6 +328,7 @@ class _Slice:
             self.model_config, self.num_layers, self.dtype.itemsize
         )
         self.weight_bytes = 0
+        self.kv_bytes = 0
         self._model: StageModel | None = None
         self._ops: Ops | None = None
 
@@ -373,6 +384,23 @@ class _Slice:
             ops=self._ops,
         )
 
+    def loading_advice(self) -> str:
+        """What takes memory before there are plans, and what to do about it."""
+        weight_bytes = partition.stage_weight_bytes(
+            self.model_config,
+            (self.message.start_layer, self.message.end_layer),
+            is_first=self.is_first,
+            is_last=self.is_last,
+            bytes_per_element=self.dtype.itemsize,
+        )
+        return capacity.loading_advice(self.num_layers, weight_bytes, str(self.device))
+
+    def step_advice(self, plan: int) -> str:
+        """What takes memory in a plan, and what to lower."""
+        return capacity.step_advice(
+            self.config, plan, self.weight_bytes, self.kv_bytes, self.activation_bytes
+        )
+
     def num_blocks_that_fit(self) -> int:
         """KV blocks that this stage can hold beside its weights."""
         memory_gib = self.config.cache.memory_gib
@@ -387,15 +415,21 @@ class _Slice:
         return capacity.num_cuda_blocks(
             self.block_bytes,
             memory_gib=memory_gib,
+            memory_share=self.config.cache.memory_share,
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             weight_bytes=self.weight_bytes,
-            activation_bytes=memory_model.activation_bytes(
-                self.model_config,
-                self.config.scheduler.max_tokens_per_plan,
-                self.message.max_slots if self.is_last else 0,
-            ),
+            reserved_bytes=self.activation_bytes + memory_model.CUDA_GRAPH_BYTES,
             num_stages_on_device=self._num_stages_on_device(),
+        )
+
+    @property
+    def activation_bytes(self) -> int:
+        """Set aside for a forward pass."""
+        return memory_model.activation_bytes(
+            self.model_config,
+            self.config.scheduler.max_tokens_per_plan,
+            self.message.max_slots if self.is_last else 0,
         )
 
     def _num_stages_on_device(self) -> int:
@@ -421,6 +455,7 @@ class _Slice:
         kv_cache = KVCache.allocate(
             cfg, self.num_layers, num_blocks, block_size, self.dtype, self.device
         )
+        self.kv_bytes = kv_cache.num_bytes
         sampler = None
         if self.is_last:
             eos_token_ids = unpack_i32(message.eos_token_ids).tolist()
