@@ -138,22 +138,37 @@ def _sanitizer_command(program: str, tool: str) -> list[str]:
 
 
 def count_tests(report: Path) -> Counts:
-    """From pytest's JUnit XML; with names of what failed and reasons of what was skipped."""
+    """From pytest's JUnit XML; with names of what failed, reasons of what was
+    skipped, and the worst of each number that tests record."""
     cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None]
-    bad += [case for case in cases if case not in bad and case.find("error") is not None]
+    bad = {_name(case) for case in cases if case.find("failure") is not None}
+    bad |= {_name(case) for case in cases if case.find("error") is not None}
     skipped = [skip for case in cases if (skip := case.find("skipped")) is not None]
     counts: Counts = {
-        "passed": len(cases) - len(bad) - len(skipped),
+        "passed": len({_name(case) for case in cases} - bad) - len(skipped),
         "failed": len(bad),
         "skipped": len(skipped),
     }
     if bad:
-        names = (f"{case.get('classname')}::{case.get('name')}" for case in bad)
-        counts["failures"] = sorted(names)[:MOST_NAMED]
+        counts["failures"] = sorted(bad)[:MOST_NAMED]
     if skipped:
         counts["skip_reasons"] = sorted({str(skip.get("message")) for skip in skipped})[:MOST_NAMED]
+    if worst := _worst_properties(cases):
+        counts["worst"] = worst
     return counts
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname')}::{case.get('name')}"
+
+
+def _worst_properties(cases: Sequence[ElementTree.Element]) -> dict[str, float]:
+    """The largest value of each property that tests record: errors, as they do."""
+    worst: dict[str, float] = {}
+    for found in (found for case in cases for found in case.iter("property")):
+        name, value = str(found.get("name")), float(found.get("value") or 0.0)
+        worst[name] = max(value, worst.get(name, value))
+    return worst
 
 
 def count_launches(report: Path) -> Counts:
@@ -213,7 +228,9 @@ def run_command(command: Sequence[str], limit_s: float) -> tuple[int | None, str
 
     It has a process group of its own, and nothing of that is left when it returns.
     """
-    process = subprocess.Popen(
+    is_late = threading.Event()
+    lines = []
+    with subprocess.Popen(
         command,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"},
@@ -222,27 +239,24 @@ def run_command(command: Sequence[str], limit_s: float) -> tuple[int | None, str
         text=True,
         errors="replace",
         start_new_session=True,
-    )
-    is_late = threading.Event()
+    ) as process:
 
-    def end() -> None:
-        is_late.set()
-        _kill_group(process.pid)
+        def end() -> None:
+            is_late.set()
+            _kill_group(process.pid)
 
-    timer = threading.Timer(limit_s, end)
-    timer.start()
-    lines = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            lines.append(line)
-        code = process.wait()
-    finally:
-        timer.cancel()
-        _kill_group(process.pid)
-        process.wait()
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                lines.append(line)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            _kill_group(process.pid)
     return None if is_late.is_set() else code, "".join(lines)
 
 
@@ -304,7 +318,7 @@ def parse_options(names: Sequence[str], arguments: Sequence[str] | None) -> argp
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {' '.join(names)}")
-    parser.add_argument("--output", type=Path, help=f"result; default {RESULT.relative_to(ROOT)}")
+    parser.add_argument("--output", type=Path, help=f"default benchmarks/results/{RESULT.name}")
     parser.add_argument("--sanitizer", default="", help="path of compute-sanitizer")
     parser.add_argument("--benchmark", action="store_true", help="benchmarks.kernels as well")
     parser.add_argument(

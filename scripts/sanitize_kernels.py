@@ -207,10 +207,9 @@ def attend(
 
 
 def kernels_in(text: str) -> list[str]:
-    """Names of the kernels that a source defines."""
+    """Names of the kernels that a source defines; all end in ``_kernel``."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
-    bounds = r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)"
-    return re.findall(r"__global__\s+void\s+(\w+)\s*\(", re.sub(bounds, "", text))
+    return re.findall(r"__global__[^;{]*?(\w+_kernel)\s*\(", text)
 
 
 def kernels_by_file(folder: Path = build.SOURCES) -> dict[str, list[str]]:
