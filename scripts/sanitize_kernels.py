@@ -1,12 +1,13 @@
 """Launch every CUDA kernel once at small awkward sizes, for a checker to watch:
 
-    compute-sanitizer --tool memcheck --padding 512 python -m scripts.sanitize_kernels
+    compute-sanitizer --tool memcheck --report-api-errors no python -m scripts.sanitize_kernels
 
 ``scripts/gpu_check`` does so with all four tools. A kernel that no case launches is an error, so
 that a new one cannot be forgotten. What a case computes is not looked at: the tests do that.
 
 Every tensor is an allocation of its own, of its exact size, and inputs are made on the CPU and
-copied, so that hardly any kernel but ours runs. KV slots that no row has stay uninitialised.
+copied, so that hardly any kernel but ours runs. KV slots that no kernel may read stay
+uninitialised.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from ember_pp.kernels.launch import Kernel, capability
 
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_SIZE = 16
+TILE = 16
+"""Kernels read KV slots by so many: those behind a row's last one too, which they then hide."""
+NUM_FREE_BLOCKS = 3
 
 
 class Card:
@@ -173,11 +177,11 @@ def attend(
 ) -> None:
     """Attention of rows of new tokens over contexts, 0 for padding, in blocks of no order.
 
-    The cache has as many blocks as rows need, and its slots hold something only as far as
-    contexts reach.
+    Blocks that no row has are uninitialised, and so is the rest of a block behind a row's last
+    tile.
     """
     blocks_of = [-(-context_len // block_size) for context_len in contexts]
-    order = card.order(max(1, sum(blocks_of)))
+    order = card.order(sum(blocks_of) + NUM_FREE_BLOCKS)
     tables = torch.full((len(contexts), max(1, *blocks_of)), -1, dtype=torch.int32)
     shape = (len(order), block_size, num_kv_heads, head_dim)
     caches = card.empty(*shape, dtype=dtype), card.empty(*shape, dtype=dtype)
@@ -185,7 +189,7 @@ def attend(
     for row, blocks in enumerate(torch.split(order[: sum(blocks_of)], blocks_of)):
         tables[row, : len(blocks)] = blocks
         for index, block in enumerate(blocks.tolist()):
-            used = min(block_size, contexts[row] - index * block_size)
+            used = min(block_size, -(-contexts[row] // TILE) * TILE - index * block_size)
             for cache in caches:
                 cache[block, :used].copy_(filling[:used])
     num_tokens = sum(query_lens)
@@ -257,7 +261,7 @@ def main() -> int:
     """0 if every kernel was launched and nothing was raised."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", metavar="FILE", help="of csrc/; all if none is given")
-    parser.add_argument("--report", type=Path, help="JSON with the number of launches of each")
+    parser.add_argument("--report", type=Path, help="JSON with what was launched, in numbers")
     options = parser.parse_args()
     # Read at the first allocation: an access just beyond a tensor must be one beyond all memory.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -266,10 +270,16 @@ def main() -> int:
     problems = list(launch_all(files, launches))
     for problem in problems:
         print(problem, file=sys.stderr)
-    report = {"files": len(files), "kernels": len(launches), "launches": launches.total()}
+    by_file = kernels_by_file()
+    report = {
+        "files": len(files),
+        "kernels": sum(len(by_file[file]) for file in files),
+        "instances": len(launches),
+        "launches": launches.total(),
+    }
     if options.report:
         options.report.write_text(json.dumps(report) + "\n")
-    print(f"{report['launches']} launches of {report['kernels']} kernels of {len(files)} files")
+    print(", ".join(f"{number} {name}" for name, number in report.items()))
     return int(bool(problems))
 
 
