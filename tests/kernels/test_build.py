@@ -7,12 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from ember_pp.errors import KernelBuildError
 from ember_pp.kernels import build
 from ember_pp.kernels.build import ARCHITECTURES, Binary, KernelSource
+from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.model_config import ModelConfig
+from paged_model import PagedModel
 from scripts.sanitize_kernels import kernels_by_file
 
 COMPILER = (13, 0)
@@ -294,6 +300,7 @@ OTHERS = [
 
 
 FILES = sorted(kernels_by_file())
+CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def test_no_kernel_is_left_out_of_what_is_compiled() -> None:
@@ -313,3 +320,27 @@ def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int, f
         assert spilled, "the compiler did not say"
         if (file, source.expression) in HOT:
             assert max(spilled) == 0, f"{source.expression}, sm_{architecture}:\n{log}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["0.6b", "1.7b", "4b", "8b", "14b", "32b"])
+def test_what_a_model_launches_is_among_the_hot(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one layer and both ends of each model, by rows of decodes and with chunks of prompts."""
+    launched: set[tuple[str, str]] = set()
+    get = KernelSet.get
+
+    def recorded(self: KernelSet, file: str, expression: str, *arguments: Any, **options: Any):
+        launched.add((file, expression))
+        return get(self, file, expression, *arguments, **options)
+
+    monkeypatch.setattr(KernelSet, "get", recorded)
+    shape = yaml.safe_load((CONF / f"qwen3-{preset}.yaml").read_text())["architecture"]
+    config = ModelConfig.from_hf(shape | {"num_hidden_layers": 1})
+    model = PagedModel(None, cfg=config, device="cuda", dtype=torch.bfloat16, kernels="cuda")
+    for num_rows in (1, 2, 4, 8, 16, 33, 64):
+        model.step({f"{num_rows}-{row}": [row] for row in range(num_rows)})
+    model.step({"prompt": list(range(100))})
+    model.step({"prompt": [1], "other": list(range(70)), "16-1": [2]})
+    assert launched - set(HOT) == set()
