@@ -397,6 +397,9 @@ class Config:
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Implementation of the model's operations: own CUDA kernels, or plain torch; ``auto`` is
     ``cuda`` on a CUDA device that has the extra ``cuda`` installed."""
+    cuda_graphs: bool = True
+    """Whether CUDA kernels are launched as graphs, a step at once; false launches each by itself:
+    far slower, the same results, and a profiler or debugger sees every one."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe log line that goes to stderr."""
 

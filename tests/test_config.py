@@ -44,6 +44,7 @@ KEYS = {
     "job.shard",
     "job.system",
     "kernels",
+    "cuda_graphs",
     "log_level",
     "metrics.port",
     "model.architecture",

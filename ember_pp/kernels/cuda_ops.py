@@ -9,7 +9,6 @@ Shape letters as in ``ops.py``, which documents shapes and checks arguments.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import torch
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from ember_pp.kernels import reference
 from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.kernels.paged_attention import PagedAttention
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.skinny_linear import SkinnyLinear
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
@@ -30,20 +31,7 @@ _RMS_NORM_PACKS = 8
 """Most packs of a thread."""
 _SWIGLU_THREADS = 256
 _ROPE_THREADS = 128
-
-_TILE = 16
-"""Positions of a tile of ``paged_decode``."""
-_DECODE_WARPS = 16
-"""Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
-_DECODE_MIN_SHARE = 1
-"""Fewest tiles of a warp: below that, adding parts costs more than it saves."""
-_DECODE_FEW_ROWS = 32
-"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
-memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
-_DECODE_MOST_ROWS = 3072
-"""A thread block keeps four bytes for each in shared memory."""
-_DECODE_FAN_IN = 16
-_DECODE_COUNTERS = 1 << 16
+_STEP_THREADS = 128
 
 
 class CudaOps:
@@ -60,7 +48,8 @@ class CudaOps:
     def __init__(self, device: torch.device, cache: Path | None = None) -> None:
         self._device = torch.device("cuda", device.index or 0)
         self._kernels = KernelSet(self._device, cache)
-        self._decode_parts: dict[tuple[int, int, int], _DecodeParts] = {}
+        self._attention = PagedAttention(self._kernels)
+        self._skinny = SkinnyLinear(self._kernels)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """A copy of rows, in the widest words that they and their addresses are multiples of."""
@@ -80,8 +69,55 @@ class CudaOps:
         return output
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """cuBLAS, through torch."""
-        return reference.linear(input, weight, bias)
+        """Few rows: ``skinny_linear``. Many: cuBLAS, through torch."""
+        plan = self._skinny.plan(input, weight)
+        if plan is None:
+            return reference.linear(input, weight, bias)
+        return self._skinny.multiply(plan, input, weight, bias)[0]
+
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Few rows: ``skinny_linear``, in which each thread block norms all of them."""
+        plan = self._skinny.plan(input, weight, is_normed=True)
+        if plan is None:
+            normed, total = self._normed(input, residual, norm_weight, eps)
+            return self.linear(normed, weight, bias), total
+        norm = norm_weight, eps
+        return self._skinny.multiply(plan, input, weight, bias, residual=residual, norm=norm)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``add_rms_norm_linear``; a thread block has gate and up of the same outputs."""
+        plan = self._skinny.plan(input, weight, is_normed=True, is_gated=True)
+        if plan is not None:
+            norm = norm_weight, eps
+            arguments = plan, input, weight
+            return self._skinny.multiply(*arguments, residual=residual, norm=norm, is_gated=True)
+        normed, total = self._normed(input, residual, norm_weight, eps)
+        plan = self._skinny.plan(normed, weight, is_gated=True)
+        if plan is None:
+            return self.swiglu(self.linear(normed, weight)), total
+        return self._skinny.multiply(plan, normed, weight, is_gated=True)[0], total
+
+    def _normed(
+        self, input: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.rms_norm(input, weight, eps), input
+        return self.add_rms_norm(input, residual, weight, eps)
 
     def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
         """One thread block per token."""
@@ -199,60 +235,17 @@ class CudaOps:
             kernel.launch((num_tokens, num_blocks), _ROPE_THREADS, arguments)
         return query
 
+    def captures_attention(
+        self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int
+    ) -> bool:
+        """Wherever there is a kernel for these; block tables of any size then do."""
+        return self._attention.fits(dtype, head_dim, group_size, block_size)
+
     def paged_attention(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
     ) -> Tensor:
-        """Decodes by ``paged_decode``; steps with chunks of prompts by the reference."""
-        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-        group_size = query.shape[1] // num_kv_heads
-        num_rows = len(rows.context_lens)
-        fits = (
-            rows.max_query_len == 1
-            and num_rows <= _DECODE_MOST_ROWS
-            and query.dtype == torch.bfloat16
-            and head_dim in (64, 128)
-            and group_size <= 8
-            and block_size in (16, 32, 64, 128, 256)
-            and (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0
-        )
-        if not fits:
-            return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
-        query, context_lens = query.contiguous(), rows.context_lens.contiguous()
-        block_tables = rows.block_tables
-        if block_tables.stride(1) != 1:
-            block_tables = block_tables.contiguous()
-        output = torch.empty_like(query)
-        heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
-        warps, grid_y = heads * splits, num_kv_heads // heads
-        grid_x = max(1, self._kernels.num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
-        parts = self._parts(grid_x, query.shape[1], head_dim)
-        assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
-        kernel = self._kernels.get(
-            "paged_decode.cuh",
-            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
-            "9P6if0P",
-        )
-        arguments = (
-            query.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            block_tables.data_ptr(),
-            context_lens.data_ptr(),
-            output.data_ptr(),
-            *parts.pointers,
-            num_rows,
-            block_tables.stride(0),
-            num_kv_heads,
-            group_size,
-            (block_size // _TILE).bit_length() - 1,
-            _DECODE_MIN_SHARE * splits,
-            scale * 1.4426950408889634,
-        )
-        if num_rows:
-            kernel.launch(
-                (grid_x, grid_y), warps * _WARP, arguments, shared_bytes=4 * (num_rows + 1)
-            )
-        return output
+        """See ``PagedAttention``."""
+        return self._attention(query, k_cache, v_cache, rows, scale)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """A pack of elements per thread."""
@@ -269,40 +262,44 @@ class CudaOps:
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
         return output
 
-    def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:
-        """Kept for ever: captured graphs hold its addresses."""
-        key = (num_blocks, num_heads, head_dim)
-        parts = self._decode_parts.get(key)
-        if parts is None:
-            parts = self._decode_parts[key] = _DecodeParts(*key, self._device)
-        return parts
-
-
-class _DecodeParts:
-    """Memory of ``paged_decode`` beside its output; see there. Launches follow one another on
-    one stream, so they share it."""
-
-    def __init__(
-        self, num_blocks: int, num_heads: int, head_dim: int, device: torch.device
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
     ) -> None:
-        self._parts = torch.empty((2 * num_blocks, num_heads, head_dim), device=device)
-        self._sums = torch.empty((2 * num_blocks, num_heads, 2), device=device)
-        self._counters = torch.zeros(_DECODE_COUNTERS, dtype=torch.int32, device=device)
+        """A thread per new block and per decode row; nothing overlaps with it."""
+        kernel = self._kernels.get("step.cuh", "begin_step_kernel", "PPPPPiii", overlaps=False)
+        num_threads = max(len(new_blocks), len(slots))
+        if num_threads:
+            arguments = (
+                block_table.data_ptr(),
+                new_blocks.contiguous().data_ptr(),
+                last_tokens.contiguous().data_ptr(),
+                slots.contiguous().data_ptr(),
+                token_ids.data_ptr(),
+                block_table.shape[1],
+                len(new_blocks),
+                len(slots),
+            )
+            kernel.launch((-(-num_threads // _STEP_THREADS), 1), _STEP_THREADS, arguments)
 
-    @functools.cached_property
-    def pointers(self) -> tuple[int, int, int]:
-        """Addresses of parts, their sums, and counters."""
-        return self._parts.data_ptr(), self._sums.data_ptr(), self._counters.data_ptr()
-
-
-def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[int, int, int]:
-    """KV heads of a thread block, warps that share each, query heads that there is room for."""
-    group = 4 if group_size <= 4 else 8
-    if num_rows <= _DECODE_FEW_ROWS:
-        # 16 warps where there is shared memory for them; for 2 to 7 rows 8 were faster.
-        return 1, 8 if group == 8 or 1 < num_rows < 8 else 16, group
-    heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
-    return heads, 8 // heads, group
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """A thread per row."""
+        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPi")
+        output = torch.empty_like(drawn, dtype=torch.int32)
+        if len(drawn):
+            arguments = (
+                drawn.contiguous().data_ptr(),
+                slots.contiguous().data_ptr(),
+                0 if last_tokens is None else last_tokens.data_ptr(),
+                output.data_ptr(),
+                len(drawn),
+            )
+            kernel.launch((-(-len(drawn) // _STEP_THREADS), 1), _STEP_THREADS, arguments)
+        return output
 
 
 def _access_bytes(row_bytes: int, *tensors: Tensor) -> int:

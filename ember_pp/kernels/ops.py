@@ -68,6 +68,27 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See ``Ops.add_rms_norm``."""
 
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_linear``."""
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_gate_up``."""
+
     def qk_norm_rope_store_kv(
         self,
         qkv: Tensor,
@@ -84,6 +105,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """See ``Ops.qk_norm_rope_store_kv``."""
 
+    def captures_attention(
+        self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int
+    ) -> bool:
+        """See ``Ops.captures_attention``."""
+
     def paged_attention(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
     ) -> Tensor:
@@ -91,6 +117,19 @@ class Backend(Protocol):
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
+
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """See ``Ops.begin_step``."""
+
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """See ``Ops.end_step``."""
 
 
 class Ops:
@@ -176,6 +215,71 @@ class Ops:
         _check("weight", weight, (input.shape[1],), input.dtype, input.device)
         return self._backend.add_rms_norm(input, residual, weight, eps)
 
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project: ``(linear(rms_norm(total)), total)``.
+
+        ``total = input + residual``, or ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]  model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [O, D]
+            bias:                    [O]     or None
+            returns:                 [T, O] and total
+
+        Numerics: ``total`` and the norm are rounded as by ``add_rms_norm``, the product as by
+        ``linear``; sums of squares and products may be taken in another order.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        if bias is not None:
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+        return self._backend.add_rms_norm_linear(input, residual, norm_weight, eps, weight, bias)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project, activate.
+
+        ``(swiglu(linear(rms_norm(total))), total)`` with ``total = input + residual``, or
+        ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]   model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [2I, D]  rows of gate, then of up
+            returns:                 [T, I] and total
+
+        Numerics: as ``add_rms_norm_linear``, then as ``swiglu``: gate and up are rounded first.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        num_rows = weight.shape[0]
+        if num_rows % 2:
+            raise KernelArgumentError(f"weight: expected [2I, D], got {list(weight.shape)}")
+        _check("weight", weight, (num_rows, input.shape[1]), input.dtype, input.device)
+        return self._backend.add_rms_norm_gate_up(input, residual, norm_weight, eps, weight)
+
     def qk_norm_rope_store_kv(
         self,
         qkv: Tensor,
@@ -246,6 +350,22 @@ class Ops:
             eps=eps,
         )
 
+    def captures_attention(
+        self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int
+    ) -> bool:
+        """Whether ``paged_attention`` of such tensors can be captured in a CUDA graph.
+
+        It then waits for nothing on the host, and a replay may have other lengths and block tables
+        in the same tensors: see ``PagedRows``.
+
+        Args:
+            dtype: of queries and caches.
+            head_dim: d.
+            group_size: H / K.
+            block_size: S.
+        """
+        return self._backend.captures_attention(dtype, head_dim, group_size, block_size)
+
     def paged_attention(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
     ) -> Tensor:
@@ -262,6 +382,7 @@ class Ops:
 
         Numerics: softmax and sums in fp32. A row's result depends on the other rows by rounding
         at most; slots outside its context are not read, so garbage there, NaN too, is harmless.
+        Tokens that are padding get anything.
 
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
@@ -302,6 +423,66 @@ class Ops:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
 
+    def begin_step(
+        self,
+        block_table: Tensor,
+        new_blocks: Tensor,
+        last_tokens: Tensor,
+        slots: Tensor,
+        token_ids: Tensor,
+    ) -> None:
+        """Take in what a step changes, before its first layer; in place.
+
+        ``block_table[slot, column] = block`` for each new block, then
+        ``token_ids[r] = last_tokens[slots[r]]`` for each of R decode rows.
+
+        Shapes:
+            block_table:  [M, W] int32   of M slots, contiguous
+            new_blocks:   [U, 3] int32   slot, column and block id, distinct places
+            last_tokens:  [M'] int64     token drawn last for each slot
+            slots:        [R] int32      R may be 0, on all stages but the first
+            token_ids:    [T] int64      T >= R; those after the first R keep their values
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("block_table", block_table, 2)
+        device = block_table.device
+        _check("block_table", block_table, block_table.shape, torch.int32, device)
+        _check("new_blocks", new_blocks, (len(new_blocks), 3), torch.int32, device)
+        _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, device)
+        _check("slots", slots, (len(slots),), torch.int32, device)
+        _check("token_ids", token_ids, (len(token_ids),), torch.int64, device)
+        if len(token_ids) < len(slots):
+            raise KernelArgumentError(
+                f"token_ids: expected one for each of {len(slots)} slots, got {len(token_ids)}"
+            )
+        for name, tensor in (("block_table", block_table), ("token_ids", token_ids)):
+            if not tensor.is_contiguous():
+                raise KernelArgumentError(
+                    f"{name}: expected contiguous, got stride {tensor.stride()}"
+                )
+        self._backend.begin_step(block_table, new_blocks, last_tokens, slots, token_ids)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+        """Remember what was drawn: ``last_tokens[slots[n]] = max(drawn[n], 0)``, in place.
+
+        Shapes:
+            drawn:        [N] int64   negative where nothing could be drawn
+            slots:        [N] int32   negative: a row of padding; otherwise distinct
+            last_tokens:  [M] int64   None on all stages but the first
+            returns:      [N] int32   ``drawn``
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_dims("drawn", drawn, 1)
+        _check("drawn", drawn, drawn.shape, torch.int64, drawn.device)
+        _check("slots", slots, drawn.shape, torch.int32, drawn.device)
+        if last_tokens is not None:
+            _check("last_tokens", last_tokens, (len(last_tokens),), torch.int64, drawn.device)
+        return self._backend.end_step(drawn, slots, last_tokens)
+
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:
     if tensor.dim() != num_dims:
@@ -320,6 +501,13 @@ def _check(
         raise KernelArgumentError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _check_norm(input: Tensor, residual: Tensor | None, norm_weight: Tensor) -> None:
+    _check_dims("input", input, 2)
+    if residual is not None:
+        _check("residual", residual, input.shape, input.dtype, input.device)
+    _check("norm_weight", norm_weight, (input.shape[1],), input.dtype, input.device)
 
 
 def _check_caches(

@@ -6,8 +6,12 @@ same number of new tokens and a similar context together, padded to the longest;
 the row's own first slot, which is always stored, so that whatever lies in unused slots, NaN
 included, is never read.
 
+A step may be padded to a shape that others share, so that one CUDA graph serves them all: rows
+with a context of 0 are padding, rows may have no new tokens, and tokens from the last row's end
+on are padding. What padding gets for an output is unspecified.
+
 Shape letters: T tokens of the step, R rows, Q new tokens of a row, L longest context of a
-group, S block size.
+group, S block size, N rows of the block tables, W blocks of the longest of them.
 """
 
 from __future__ import annotations
@@ -45,22 +49,43 @@ class RowGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedRows:
-    """The rows of a step, as ``paged_attention`` takes them."""
+    """The rows of a step, as ``paged_attention`` takes them.
+
+    Tensors are read on the device when a kernel runs: those of a captured step may have other
+    contents when it is replayed. All else is static, the shapes and strides of tensors and which of
+    them are None included: with that alone kernels and their launch shapes are chosen. Static
+    numbers bound the contents: ``cu_seqlens_q`` ends at ``num_tokens`` at most, and no row has more
+    than ``max_query_len`` new tokens. A context of W blocks is the longest.
+    """
 
     block_tables: Tensor
-    """[R, max_blocks] int32 block ids in order, pad -1; last dim contiguous."""
+    """[N, W] int32 block ids in order, pad -1; last dim contiguous."""
     context_lens: Tensor
     """[R] int32 tokens attended, this step's included; 0: the row is padding."""
     cu_seqlens_q: Tensor
-    """[R + 1] int32 cumulative new tokens per row, first 0."""
+    """[R + 1] int32 cumulative new tokens per row, first 0; the last may be less than T."""
+    table_rows: Tensor | None = None
+    """[R] int32: row r has the table ``block_tables[table_rows[r]]``; None: that of row r."""
+    decode_lens: Tensor | None = None
+    """[R] int32: ``context_lens`` of rows with one new token, 0 for all others. None: it is worked
+    out where it is needed, unless ``max_query_len`` is 1."""
     num_tokens: int
     """T."""
     max_query_len: int
-    """Most new tokens of a row."""
+    """Most new tokens of a row, or more; with 1, each row has one, or is padding."""
     block_size: int
     """S."""
     dtype: torch.dtype
     """That of the queries."""
+
+    @functools.cached_property
+    def lens_of_decodes(self) -> Tensor:
+        """``decode_lens``, whether or not it was given."""
+        if self.decode_lens is not None:
+            return self.decode_lens
+        if self.max_query_len == 1:
+            return self.context_lens
+        return self.context_lens.where(self.cu_seqlens_q.diff() == 1, 0)
 
     @functools.cached_property
     def groups(self) -> tuple[RowGroup, ...]:
@@ -70,12 +95,20 @@ class PagedRows:
         by_shape: dict[tuple[int, int], list[int]] = {}
         for row, context_len in enumerate(contexts):
             query_len = starts[row + 1] - starts[row]
-            assert 0 < query_len <= context_len, (row, query_len, context_len)
+            if not query_len or not context_len:
+                continue
+            assert query_len <= context_len, (row, query_len, context_len)
             bucket = max((context_len - 1).bit_length(), _SMALLEST_BUCKET)
             by_shape.setdefault((query_len, bucket), []).append(row)
-        tables = self.block_tables.long()
+        tables = self.block_tables
+        if self.table_rows is not None:
+            tables = tables.index_select(0, self.table_rows)
+        tables = tables.long()
+        num_tokens = self.num_tokens
         return tuple(
-            _group(rows, query_len, starts, contexts, tables, self.block_size, self.dtype)
+            _group(
+                rows, query_len, starts, contexts, tables, self.block_size, num_tokens, self.dtype
+            )
             for (query_len, _), rows in by_shape.items()
         )
 
@@ -87,17 +120,19 @@ def _group(
     contexts: Sequence[int],
     block_tables: Tensor,
     block_size: int,
+    num_tokens: int,
     dtype: torch.dtype,
 ) -> RowGroup:
     device = block_tables.device
-    is_everything = len(rows) == len(contexts)
+    has_all_rows = len(rows) == len(contexts)
+    is_everything = has_all_rows and len(rows) * query_len == num_tokens
     lens = [contexts[row] for row in rows]
     context_len = max(lens)
     is_even = min(lens) == context_len
     row_index = torch.tensor(rows, device=device)
     row_lens = torch.tensor(lens, device=device)
     row_starts = torch.tensor([starts[row] for row in rows], device=device)
-    tables = block_tables if is_everything else block_tables.index_select(0, row_index)
+    tables = block_tables if has_all_rows else block_tables.index_select(0, row_index)
     is_causal = query_len == context_len and query_len > 1  # no row is shorter than Q
     needs_mask = not is_causal and not (is_even and query_len == 1)
     tokens = row_starts[:, None] + torch.arange(query_len, device=device)

@@ -46,6 +46,27 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
+def add_rms_norm_linear(
+    input: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(linear(rms_norm(total)), total)``, ``total = input + residual`` rounded first."""
+    total = input if residual is None else input + residual
+    return linear(rms_norm(total, norm_weight, eps), weight, bias), total
+
+
+def add_rms_norm_gate_up(
+    input: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(swiglu(linear(rms_norm(total))), total)``, ``total = input + residual`` rounded first."""
+    gate_up, total = add_rms_norm_linear(input, residual, norm_weight, eps, weight)
+    return swiglu(gate_up), total
+
+
 def qk_norm_rope_store_kv(
     qkv: Tensor,
     bias: Tensor | None,
@@ -89,6 +110,11 @@ def _store_kv(
     v_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
 
 
+def captures_attention(dtype: torch.dtype, head_dim: int, group_size: int, block_size: int) -> bool:
+    """Never: the host works out groups of rows from their lengths."""
+    return False
+
+
 def paged_attention(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, *, scale: float
 ) -> Tensor:
@@ -96,7 +122,7 @@ def paged_attention(
     k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [B * S, K, d]
     if len(rows.groups) == 1 and rows.groups[0].token_index is None:
         return _attend(query, k_slots, v_slots, rows.groups[0], scale)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # of padding, too
     for group in rows.groups:
         assert group.token_index is not None, "a group of all tokens is alone"
         selected = query.index_select(0, group.token_index)
@@ -151,3 +177,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of ``gate_up``; silu is rounded first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def begin_step(
+    block_table: Tensor, new_blocks: Tensor, last_tokens: Tensor, slots: Tensor, token_ids: Tensor
+) -> None:
+    """``block_table[slot, column] = block``; ``token_ids[r] = last_tokens[slots[r]]``."""
+    slot, column, block = new_blocks.unbind(1)
+    block_table[slot.long(), column.long()] = block
+    token_ids[: len(slots)] = last_tokens[slots.long()]
+
+
+def end_step(drawn: Tensor, slots: Tensor, last_tokens: Tensor | None) -> Tensor:
+    """``last_tokens[slots[n]] = max(drawn[n], 0)`` of the rows that have a slot."""
+    if last_tokens is not None:
+        is_row = slots >= 0
+        last_tokens[slots[is_row].long()] = drawn[is_row].clamp(min=0)
+    return drawn.to(torch.int32)

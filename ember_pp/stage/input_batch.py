@@ -27,6 +27,7 @@ _NOT_OPEN = -2
 _NO_TOKENS_YET = -1
 _MAX_SLOT_TOKENS = 2**31 - 1
 _ALIGNMENT = 8
+_NO_BLOCKS = torch.empty((0, 3), dtype=torch.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +47,15 @@ class BatchInputs:
     """[R] int32 tokens attended by each row, this step's included."""
     block_tables: Tensor
     """[R, max_blocks] int32 block ids in order, pad -1; as wide as the longest row needs."""
+    table_rows: Tensor | None
+    """[R] int32 row of ``block_tables`` of each row; None: they are in order."""
+    decode_lens: Tensor | None
+    """[R] int32 as ``context_lens`` of the rows with one token, 0 elsewhere; None: all have one, or
+    it is worked out where it is needed."""
+    slots: Tensor
+    """[R] int32 slot of each row."""
+    new_blocks: Tensor
+    """[U, 3] int32 slot, column of its block table, and block id that the plan puts there."""
     decode_slots: Tensor
     """[num_decode_rows] int64 slot of each decode row."""
     num_decode_rows: int
@@ -87,6 +97,7 @@ class _Roster:
 
     slots: list[int]
     index: Tensor  # [R] int64, the slots
+    index_i32: Tensor  # [R] int32
     cu_seqlens: Tensor  # [R + 1] int32, 0 .. R
     rows: Tensor  # [R] int64, 0 .. R - 1
     step: _Step | None = None
@@ -95,9 +106,11 @@ class _Roster:
     @classmethod
     def of(cls, slots: list[int]) -> _Roster:
         count = len(slots)
+        index = torch.tensor(slots, dtype=torch.int64)
         return cls(
             slots=slots,
-            index=torch.tensor(slots, dtype=torch.int64),
+            index=index,
+            index_i32=index.to(torch.int32),
             cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
             rows=torch.arange(count, dtype=torch.int64),
         )
@@ -144,6 +157,7 @@ class SlotTable:
         self._block_table = torch.full((max_slots, max_blocks_per_sequence), -1, dtype=torch.int32)
         self._context_lens = torch.full((max_slots,), _NOT_OPEN, dtype=torch.int64)
         self._num_blocks = [0] * max_slots
+        self._new_blocks = _NO_BLOCKS
         self._roster_of: list[int | None] = [None] * max_slots
         self._rosters: dict[int, _Roster] = {}
 
@@ -178,6 +192,7 @@ class SlotTable:
             slots = self._leave(slots, self._read_slots("leave", execute.leave))
         for opened in execute.open:
             self._open(opened)
+        self._new_blocks = _NO_BLOCKS
         if execute.blocks:
             self._append_blocks(unpack_u32(execute.blocks))
             roster.step = None
@@ -236,8 +251,9 @@ class SlotTable:
                 )
             columns.append(column)
             self._num_blocks[slot] = column + 1
-        index = (torch.tensor(slots), torch.tensor(columns))
-        self._block_table.index_put_(index, torch.tensor(block_ids, dtype=torch.int32))
+        added = torch.tensor([slots, columns, block_ids], dtype=torch.int32)
+        self._block_table[added[0].long(), added[1].long()] = added[2]
+        self._new_blocks = added.T
 
     # ---------------------------------------------------------------- the rows
 
@@ -288,6 +304,10 @@ class SlotTable:
                 cu_seqlens_q=roster.cu_seqlens,
                 context_lens=step.context_lens_i32,
                 block_tables=step.block_tables,
+                table_rows=None,
+                decode_lens=None,
+                slots=roster.index_i32,
+                new_blocks=self._new_blocks,
                 decode_slots=roster.index,
                 num_decode_rows=len(roster.slots),
                 max_query_len=1,
@@ -342,6 +362,10 @@ class SlotTable:
                 cu_seqlens_q=torch.cat((torch.zeros(1, dtype=torch.int64), ends)).to(torch.int32),
                 context_lens=context_lens.to(torch.int32),
                 block_tables=block_tables,
+                table_rows=None,
+                decode_lens=torch.where(lens == 1, context_lens, 0).to(torch.int32),
+                slots=index.to(torch.int32),
+                new_blocks=self._new_blocks,
                 decode_slots=roster.index,
                 num_decode_rows=num_decode_rows,
                 max_query_len=max(chunks.lens),

@@ -99,6 +99,48 @@ def make_case(
     return Case(query.to(device), k_cache.to(device), v_cache.to(device), paged_rows, expected)
 
 
+def as_in_a_graph(case: Case, *, num_rows: int, num_tokens: int) -> Case:
+    """The same step padded to a shape: rows have tables of slots, in any order, among others that
+    hold nonsense."""
+    rows, device = case.rows, case.query.device
+    count = len(rows.context_lens)
+    tables = rows.block_tables.cpu()
+    num_slots = num_rows + 3
+    slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(count))[:num_rows]
+    all_tables = torch.full((num_slots, tables.shape[1] + 5), 2**30, dtype=torch.int32)
+    all_tables[slots[:count], : tables.shape[1]] = tables
+
+    def padded(tensor: Tensor, length: int, value: int) -> Tensor:
+        return torch.cat(
+            [tensor.cpu(), tensor.new_full((length - len(tensor),), value, device="cpu")]
+        )
+
+    query_lens = rows.cu_seqlens_q.diff()
+    query = case.query.new_full((num_tokens, *case.query.shape[1:]), float("nan"))
+    query[: len(case.query)] = case.query
+    expected = case.expected.new_zeros(query.shape)
+    expected[: len(case.query)] = case.expected
+    return dataclasses.replace(
+        case,
+        query=query,
+        expected=expected,
+        rows=dataclasses.replace(
+            rows,
+            block_tables=all_tables.to(device),
+            table_rows=slots.int().to(device),
+            context_lens=padded(rows.context_lens, num_rows, 0).to(device),
+            decode_lens=padded(torch.where(query_lens == 1, rows.context_lens, 0), num_rows, 0).to(
+                device
+            ),
+            cu_seqlens_q=padded(rows.cu_seqlens_q, num_rows + 1, int(rows.cu_seqlens_q[-1])).to(
+                device
+            ),
+            num_tokens=num_tokens,
+            max_query_len=num_tokens,
+        ),
+    )
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """One token [H, d] over [L, K, d]; a loop over heads that a reader can check by eye."""
     group_size = query.shape[0] // key.shape[1]
@@ -197,6 +239,33 @@ def test_tables_and_lengths_may_lie_apart(backend: str) -> None:
     )
     assert not apart.block_tables.is_contiguous()
     assert_bitwise_equal(dataclasses.replace(case, rows=apart).run(ops), case.run(ops))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize(
+    "rows", ["one-token-alone", "fresh-prompt", "decodes-of-one-length", "mixed"]
+)
+def test_a_padded_step_gives_its_rows_the_same(rows: str, head_dim: int, backend: str) -> None:
+    ops, device = open_backend(backend)
+    case = make_case(ROWS[rows], head_dim=head_dim, dtype=torch.bfloat16, device=device)
+    num_tokens = len(case.query)
+    padded = as_in_a_graph(case, num_rows=len(ROWS[rows]) + 5, num_tokens=num_tokens + 40)
+    tolerance = sum_tolerance(torch.bfloat16, max(n for _, n in ROWS[rows])) * 2
+    assert_close(padded.run(ops)[:num_tokens], case.expected, tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_padding_alone_reads_nothing(backend: str) -> None:
+    ops, device = open_backend(backend)
+    case = make_case([(1, 1)], head_dim=128, dtype=torch.bfloat16, device=device)
+    empty = dataclasses.replace(
+        case.rows,
+        context_lens=torch.zeros_like(case.rows.context_lens),
+        cu_seqlens_q=torch.zeros_like(case.rows.cu_seqlens_q),
+    )
+    padded = as_in_a_graph(dataclasses.replace(case, rows=empty), num_rows=3, num_tokens=7)
+    assert padded.run(ops).shape == (7, 6, 128)
 
 
 def test_rows_of_like_shape_are_computed_together() -> None:

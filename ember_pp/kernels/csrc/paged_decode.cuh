@@ -1,11 +1,12 @@
 /*
  * paged_decode: attention of one new token per row over its context in the paged KV cache.
  *
- * What       output[r, h] = softmax(scale * query[r, h] . k[0 .. L_r)) v[0 .. L_r), keys and
- *            values of KV head h / G, position p in block block_tables[r, p / S]
- * Shapes     query, output [R, H, d]; k_cache, v_cache [B, S, K, d]; block_tables [R, stride]
- *            int32; context_lens [R] int32, this token included. L_r = 0: the row is padding, and
- *            its output stays as it is
+ * What       output[t, h] = softmax(scale * query[t, h] . k[0 .. L_r)) v[0 .. L_r) for the token
+ *            t = starts[r], keys and values of KV head h / G, position p in block
+ *            block_tables[table_rows[r], p / S]; without table_rows, block_tables[r, p / S]
+ * Shapes     query, output [T, H, d]; k_cache, v_cache [B, S, K, d]; block_tables [N, stride]
+ *            int32; table_rows, starts, context_lens [R] int32, this token included. L_r = 0: the
+ *            row is padding or has more tokens than one, and its output stays as it is
  * Types      bf16; products on tensor cores with fp32 sums, softmax in fp32 (base 2), its weights
  *            rounded to bf16 for the second product
  * Mapping    a *tile* is 16 positions of one row. The tiles of all rows, one row after another,
@@ -44,7 +45,9 @@ struct DecodeArguments {
   const bf16* k_cache;
   const bf16* v_cache;
   const int* block_tables;
+  const int* table_rows;  // or null
   const int* context_lens;
+  const int* starts;
   bf16* output;
   float* parts;        // [2 * blocks, K, G, d], a slot for a block's first and last row
   float2* part_stats;  // [2 * blocks, K, G] maximum (base 2, scaled) and sum of weights
@@ -144,7 +147,7 @@ struct Part {
 /* What a warp works at: tiles begin, begin + kStep, .. below `end` of a row. Kept in shared
  * memory and read anew at each use, since registers are what the loop over tiles is short of. */
 struct Segment {
-  int row, end, context_len;
+  int row, end, context_len, table, token;
 };
 
 /* Where a warp's tiles lie in the cache; block ids are read 32 at a time. */
@@ -161,7 +164,7 @@ struct TileFinder {
       ids_from = tile;
       const int lane = thread_index() % kWarpSize, last_tile = (segment.context_len - 1) / kTile;
       const int block = min(tile + lane * kStep, last_tile) >> a.block_shift;
-      block_ids = a.block_tables[static_cast<i64>(segment.row) * a.table_stride + block];
+      block_ids = a.block_tables[static_cast<i64>(segment.table) * a.table_stride + block];
     }
     const int block = __shfl_sync(kAllLanes, block_ids, (tile - ids_from) / kStep);
     const int in_block = tile & ((1 << a.block_shift) - 1);
@@ -286,7 +289,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
   values.load(a.v_cache + offset, row_stride, finder.num_valid(begin), g, t);
   wait_for_previous_kernel();
   const bool is_head = g < a.group_size;  // else a row of zeros
-  const i64 kv_head = static_cast<i64>(segment.row) * a.num_kv_heads + kv_head_of_warp<kHeads>();
+  const i64 kv_head = static_cast<i64>(segment.token) * a.num_kv_heads + kv_head_of_warp<kHeads>();
   const i64 head = kv_head * a.group_size + g;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
@@ -435,8 +438,8 @@ __device__ __forceinline__ bool is_last_to_arrive(int* counter, int expected) {
 /* After this block's part of a shared row was stored: the last to come here writes the row. Not
  * inlined, so that its registers do not add to those of the loop over tiles. */
 template <int kHeadDim, int kSplits, int kGroup>
-__device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_head, int thread,
-                                     int first, int last) {
+__device__ __noinline__ void combine(const DecodeArguments& a, int row, int token, int kv_head,
+                                     int thread, int first, int last) {
   const RowShares shares{first, last};
   const int group = blockIdx.x / kFanIn, num_groups = shares.num_groups();
   int* row_counter = a.counters + row * gridDim.y + blockIdx.y;
@@ -464,7 +467,7 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int kv_h
         [&](int i) { return first_head(shares.first_of(first / kFanIn + i)); }, num_groups,
         a.group_size, thread);
   }
-  const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
+  const i64 head = (static_cast<i64>(token) * a.num_kv_heads + kv_head) * a.group_size;
   merge.write(a.output + head * kHeadDim, a.group_size, thread);
 }
 
@@ -523,8 +526,8 @@ struct Scratch {
 
 /* Add what the warps of a KV head have; the result is the row's output, or a part of it. */
 template <int kHeadDim, int kHeads, int kSplits, int kGroup>
-__device__ __forceinline__ void finish(const DecodeArguments& a, int row, const RowShares& shares,
-                                       const Part<kHeadDim>& part,
+__device__ __forceinline__ void finish(const DecodeArguments& a, int row, int token,
+                                       const RowShares& shares, const Part<kHeadDim>& part,
                                        Scratch<kHeadDim, kHeads * kSplits, kGroup>& scratch) {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int thread = warp / kHeads * kWarpSize + lane;  // among those of the same KV head
@@ -538,13 +541,13 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, int row, const 
       reinterpret_cast<const float*>(scratch.words), scratch.stats[0],
       [&](int i) { return (i * kHeads + warp % kHeads) * kGroup; }, kSplits, a.group_size, thread);
   if (shares.first == shares.last) {
-    const i64 head = (static_cast<i64>(row) * a.num_kv_heads + kv_head) * a.group_size;
+    const i64 head = (static_cast<i64>(token) * a.num_kv_heads + kv_head) * a.group_size;
     merge.write(a.output + head * kHeadDim, a.group_size, thread);
     __syncthreads();  // before the next row's queries
   } else {
     const i64 head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    combine<kHeadDim, kSplits, kGroup>(a, row, kv_head, thread, shares.first, shares.last);
+    combine<kHeadDim, kSplits, kGroup>(a, row, token, kv_head, thread, shares.first, shares.last);
   }
 }
 
@@ -578,6 +581,8 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
       segment.row = row;
       segment.end = min(end, row_end) - row_begin;
       segment.context_len = a.context_lens[row];
+      segment.table = a.table_rows ? a.table_rows[row] : row;
+      segment.token = a.starts[row];
     }
     __syncwarp();
     Part<kHeadDim> part;
@@ -586,7 +591,8 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
                                       reinterpret_cast<uint2*>(scratch.words[warp]), part);
     row = segments[thread_index() / kWarpSize].row;
     const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
-    finish<kHeadDim, kHeads, kSplits, kGroup>(a, row, shares, part, scratch);
+    const int token = segments[thread_index() / kWarpSize].token;
+    finish<kHeadDim, kHeads, kSplits, kGroup>(a, row, token, shares, part, scratch);
     row = segments[thread_index() / kWarpSize].row;
   }
 }

@@ -1,0 +1,169 @@
+"""Paged attention on a GPU: which kernel takes which rows of a step, and in what shape.
+
+Rows with one new token are decodes and go to ``paged_decode``, whatever else is in the step;
+rows with more are chunks of prompts. Both kernels write into one output. What is launched
+depends on the static fields of ``PagedRows`` alone, never on lengths, so that a step can be
+captured.
+
+Shape letters: T tokens, R rows, H query heads, K KV heads, G = H / K, d head dim, S block size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ember_pp.kernels import reference
+from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.kernels.paged_rows import PagedRows
+
+_WARP = 32
+_LOG2_E = 1.4426950408889634
+
+_TILE = 16
+"""Positions of a tile of ``paged_decode``."""
+_DECODE_WARPS = 16
+"""Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
+_DECODE_MIN_SHARE = 1
+"""Fewest tiles of a warp: below that, adding parts costs more than it saves."""
+_DECODE_FEW_ROWS = 32
+"""Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
+memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
+_DECODE_MOST_ROWS = 3072
+"""A thread block keeps four bytes for each in shared memory."""
+_DECODE_FAN_IN = 16
+_DECODE_COUNTERS = 1 << 16
+
+
+class PagedAttention:
+    """The attention kernels of one device, and the memory that they share.
+
+    Args:
+        kernels: those of the device.
+    """
+
+    def __init__(self, kernels: KernelSet) -> None:
+        self._kernels = kernels
+        self._decode_parts: dict[tuple[int, int, int], _DecodeParts] = {}
+
+    def fits(self, dtype: torch.dtype, head_dim: int, group_size: int, block_size: int) -> bool:
+        """Whether there are kernels for queries and caches like these."""
+        return (
+            dtype == torch.bfloat16
+            and head_dim in (64, 128)
+            and group_size <= 8
+            and block_size in (16, 32, 64, 128, 256)
+        )
+
+    def __call__(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, rows: PagedRows, scale: float
+    ) -> Tensor:
+        """See ``Ops.paged_attention``. What no kernel fits is computed by the reference."""
+        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+        group_size = query.shape[1] // num_kv_heads
+        fits = (
+            self.fits(query.dtype, head_dim, group_size, block_size)
+            and rows.max_query_len == 1
+            and len(rows.context_lens) <= _DECODE_MOST_ROWS
+            and (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0
+        )
+        if not fits:
+            return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
+        query = query.contiguous()
+        output = torch.empty_like(query)
+        if query.shape[0] and len(rows.context_lens):
+            self._decode(query, k_cache, v_cache, rows, scale, output)
+        return output
+
+    def _decode(
+        self,
+        query: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        rows: PagedRows,
+        scale: float,
+        output: Tensor,
+    ) -> None:
+        """Into ``output``: rows with one new token."""
+        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+        num_heads = query.shape[1]
+        group_size = num_heads // num_kv_heads
+        lens = rows.lens_of_decodes.contiguous()
+        starts = rows.cu_seqlens_q.contiguous()
+        tables, table_rows = _tables(rows)
+        num_rows = len(lens)
+        heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
+        warps, grid_y = heads * splits, num_kv_heads // heads
+        grid_x = max(1, self._kernels.num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
+        parts = self._parts(grid_x, num_heads, head_dim)
+        assert (num_rows + 2 * (grid_x // _DECODE_FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
+        kernel = self._kernels.get(
+            "paged_decode.cuh",
+            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
+            "11P6if0P",
+        )
+        arguments = (
+            query.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            tables.data_ptr(),
+            0 if table_rows is None else table_rows.data_ptr(),
+            lens.data_ptr(),
+            starts.data_ptr(),
+            output.data_ptr(),
+            *parts.pointers,
+            num_rows,
+            tables.stride(0),
+            num_kv_heads,
+            group_size,
+            (block_size // _TILE).bit_length() - 1,
+            _DECODE_MIN_SHARE * splits,
+            scale * _LOG2_E,
+        )
+        shared_bytes = 4 * (num_rows + 1)
+        kernel.launch((grid_x, grid_y), warps * _WARP, arguments, shared_bytes=shared_bytes)
+
+    def _parts(self, num_blocks: int, num_heads: int, head_dim: int) -> _DecodeParts:
+        """Kept for ever: captured graphs hold its addresses."""
+        key = (num_blocks, num_heads, head_dim)
+        parts = self._decode_parts.get(key)
+        if parts is None:
+            parts = self._decode_parts[key] = _DecodeParts(*key, self._kernels.device)
+        return parts
+
+
+class _DecodeParts:
+    """Memory of ``paged_decode`` beside its output; see there. Launches follow one another on
+    one stream, so they share it."""
+
+    def __init__(
+        self, num_blocks: int, num_heads: int, head_dim: int, device: torch.device
+    ) -> None:
+        self._parts = torch.empty((2 * num_blocks, num_heads, head_dim), device=device)
+        self._sums = torch.empty((2 * num_blocks, num_heads, 2), device=device)
+        self._counters = torch.zeros(_DECODE_COUNTERS, dtype=torch.int32, device=device)
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, int, int]:
+        """Addresses of parts, their sums, and counters."""
+        return self._parts.data_ptr(), self._sums.data_ptr(), self._counters.data_ptr()
+
+
+def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[int, int, int]:
+    """KV heads of a thread block, warps that share each, query heads that there is room for."""
+    group = 4 if group_size <= 4 else 8
+    if num_rows <= _DECODE_FEW_ROWS:
+        # 16 warps where there is shared memory for them; for 2 to 7 rows 8 were faster.
+        return 1, 8 if group == 8 or 1 < num_rows < 8 else 16, group
+    heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
+    return heads, 8 // heads, group
+
+
+def _tables(rows: PagedRows) -> tuple[Tensor, Tensor | None]:
+    """Block tables whose ids lie side by side, and which of them each row has."""
+    tables, table_rows = rows.block_tables, rows.table_rows
+    if tables.stride(1) != 1:
+        tables = tables.contiguous()
+    return tables, None if table_rows is None else table_rows.contiguous()
