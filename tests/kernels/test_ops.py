@@ -14,7 +14,6 @@ from ember_pp.kernels import Ops, make_ops, reference
 from ember_pp.kernels.cuda_ops import CudaOps
 from ember_pp.kernels.ops import Backend
 
-
 QUESTIONS = {"captures_attention"}
 """Of ``Ops``, what computes nothing."""
 
