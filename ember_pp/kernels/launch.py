@@ -19,6 +19,9 @@ from ember_pp.kernels.build import Binary
 # Of the driver API's header, cuda.h.
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 8, 9
+_DEFAULT_SHARED_BYTES = 32 * 1024
+"""Dynamic shared memory that is there unasked: 48 KiB less what a kernel has beside it."""
 _OVERLAP_FROM = 90
 """Compute capability, times ten, from which a kernel may start before the one before ends."""
 
@@ -85,6 +88,10 @@ class Kernel:
             self._config.num_attributes = 1
         self._config_pointer = ctypes.byref(self._config)
         self._launch: Callable[..., int] = _driver().cuLaunchKernelEx
+        self._most_shared_bytes = _DEFAULT_SHARED_BYTES
+        # Kernels that overlap share a multiprocessor, whose split into cache and shared memory
+        # cannot change while one runs: the same split for all.
+        self._set_attribute(_SHARED_CARVEOUT, 100)
 
     def launch(
         self,
@@ -99,6 +106,9 @@ class Kernel:
         Raises:
             KernelLaunchError: the driver refused.
         """
+        if shared_bytes > self._most_shared_bytes:
+            self._set_attribute(_MAX_DYNAMIC_SHARED, shared_bytes)
+            self._most_shared_bytes = shared_bytes
         config = self._config
         config.grid_x, config.grid_y = grid
         config.block_x = block
@@ -110,6 +120,15 @@ class Kernel:
             raise KernelLaunchError(
                 f"{self._name}: the driver refused to launch grid {grid}, block {block}, "
                 f"{shared_bytes} bytes of shared memory: {_error_text(status)}"
+            )
+
+    def _set_attribute(self, attribute: int, value: int) -> None:
+        arguments = attribute, value, self._function, self._device_index
+        status = _driver().cuKernelSetAttribute(*arguments)
+        if status:
+            raise KernelLaunchError(
+                f"{self._name}: the driver refused attribute {attribute} = {value}: "
+                f"{_error_text(status)}"
             )
 
 
