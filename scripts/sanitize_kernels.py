@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from ember_pp.kernels import Ops, PagedRows, RopeRows, build, make_ops
+from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.launch import Kernel, capability
+from ember_pp.kernels.paged_attention import PagedAttention
 
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_SIZE = 16
@@ -43,6 +45,7 @@ class Card:
     def __init__(self) -> None:
         self.device = torch.device("cuda", 0)
         self.ops: Ops = make_ops("cuda", self.device)
+        self.kernels = KernelSet(self.device)
         self._generator = torch.Generator().manual_seed(0)
 
     def put(self, tensor: Tensor) -> Tensor:
@@ -135,7 +138,75 @@ def paged_decode(card: Card) -> None:
             (12, 3, many),
             (7, 1, many),
         ):
-            attend(card, [1] * len(contexts), contexts, num_heads, num_kv_heads, head_dim)
+            rows = [(1, context_len) for context_len in contexts]
+            attend(card, rows, num_heads, num_kv_heads, head_dim)
+
+
+def paged_prefill(card: Card, *, has_wgmma: bool = False) -> None:
+    """Chunks around a tile of queries and of positions, after prefixes and without, among decodes
+    and padding; a long context that several thread blocks share."""
+    attention = PagedAttention(card.kernels, has_wgmma=has_wgmma)
+    mixed = [(1, 20), (17, 17), (0, 0), (64, 300), (1, 1), (129, 129), (2, 700), (1, 0)]
+    for head_dim in (64, 128):
+        for num_heads, num_kv_heads, rows in (
+            (8, 4, mixed),
+            (10, 2, mixed),
+            (7, 1, mixed),
+            (8, 1, [(33, 1500)]),
+            (4, 4, [(2, 2), (128, 130)]),
+            (3, 1, [(0, 0), (43, 44)]),
+        ):
+            attend(card, rows, num_heads, num_kv_heads, head_dim, attention=attention)
+    attend(card, mixed, 8, 2, 128, attention=attention, block_size=64)
+
+
+def paged_prefill_wgmma(card: Card) -> None:
+    """The same."""
+    paged_prefill(card, has_wgmma=True)
+
+
+def skinny_linear(card: Card) -> None:
+    """Rows up to each limit, widths that fill no chunk, outputs that fill no tile; with and without
+    norm, residual and bias, plain and gated; rows that do not fit in shared memory."""
+    for num_rows, width, num_outputs in (
+        (1, 32, 2),
+        (3, 96, 22),
+        (8, 1056, 1064),
+        (9, 160, 9000),
+        (16, 2592, 40),
+        (17, 1024, 2204),
+        (32, 96, 7000),
+    ):
+        input, residual = (card.random(num_rows, width) for _ in range(2))
+        weight, norm_weight = card.random(num_outputs, width), card.random(width)
+        bias = card.random(num_outputs)
+        card.ops.linear(input, weight)
+        card.ops.linear(input, weight, bias)
+        card.ops.add_rms_norm_linear(input, None, norm_weight, 1e-6, weight, bias)
+        card.ops.add_rms_norm_linear(input, residual, norm_weight, 1e-6, weight)
+        card.ops.add_rms_norm_gate_up(input, residual, norm_weight, 1e-6, weight)
+    for num_rows in (2, 16, 32):
+        input, weight = card.random(num_rows, 12320), card.random(24, 12320)
+        card.ops.linear(input, weight)
+        card.ops.add_rms_norm_gate_up(input, None, card.random(12320), 1e-6, weight)
+
+
+def step(card: Card) -> None:
+    """First and last slot, column and row; more of each than a thread block has threads."""
+    num_slots, width = 150, 3
+    for slots in ([0], [149, 0, 7], list(range(num_slots))):
+        added = [[slot, slot % width, 5] for slot in slots]
+        token_ids = card.put(torch.zeros(len(slots) + 2, dtype=torch.int64))
+        table = card.put(torch.zeros((num_slots, width), dtype=torch.int32))
+        last_tokens = card.put(torch.arange(num_slots))
+        on_card = card.put(torch.tensor(slots, dtype=torch.int32))
+        new_blocks = card.put(torch.tensor(added, dtype=torch.int32))
+        card.ops.begin_step(table, new_blocks, last_tokens, on_card, token_ids)
+        card.ops.begin_step(table, new_blocks[:0], last_tokens, on_card, token_ids)
+        drawn = card.put(torch.arange(len(slots)) - 1)
+        card.ops.end_step(drawn, on_card, last_tokens)
+        card.ops.end_step(drawn, card.put(torch.full((len(slots),), -1).int()), last_tokens)
+        card.ops.end_step(drawn, on_card, None)
 
 
 def read_bandwidth(card: Card) -> None:
@@ -152,12 +223,18 @@ def read_bandwidth(card: Card) -> None:
 CASES: dict[str, Callable[[Card], None]] = {
     "embedding.cuh": embedding,
     "paged_decode.cuh": paged_decode,
+    "paged_prefill.cuh": paged_prefill,
+    "paged_prefill_wgmma.cuh": paged_prefill_wgmma,
     "qk_norm_rope_store_kv.cuh": qk_norm_rope_store_kv,
     "read_bandwidth.cuh": read_bandwidth,
     "rms_norm.cuh": rms_norm,
+    "skinny_linear.cuh": skinny_linear,
+    "step.cuh": step,
     "swiglu.cuh": swiglu,
 }
 """File of ``csrc/`` -> what launches its kernels."""
+ONLY_ON = {"paged_prefill_wgmma.cuh": 90}
+"""Compute capability, times ten, of the only cards that have what a file's kernels need."""
 
 
 def no_case(card: Card) -> None:
@@ -166,44 +243,52 @@ def no_case(card: Card) -> None:
 
 def attend(
     card: Card,
-    query_lens: Sequence[int],
-    contexts: Sequence[int],
+    lens: Sequence[tuple[int, int]],
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     *,
     block_size: int = BLOCK_SIZE,
-    dtype: torch.dtype = torch.bfloat16,
+    attention: PagedAttention | None = None,
 ) -> None:
-    """Attention of rows of new tokens over contexts, 0 for padding, in blocks of no order.
+    """Attention of rows of so many new tokens over contexts, in blocks of no order. A context of 0
+    is padding; row r has table R - 1 - r.
 
     Blocks that no row has are uninitialised, and so is the rest of a block behind a row's last
     tile.
     """
+    query_lens, contexts = zip(*lens, strict=True)
     blocks_of = [-(-context_len // block_size) for context_len in contexts]
     order = card.order(sum(blocks_of) + NUM_FREE_BLOCKS)
-    tables = torch.full((len(contexts), max(1, *blocks_of)), -1, dtype=torch.int32)
+    tables = torch.full((len(lens), max(1, *blocks_of)), -1, dtype=torch.int32)
     shape = (len(order), block_size, num_kv_heads, head_dim)
-    caches = card.empty(*shape, dtype=dtype), card.empty(*shape, dtype=dtype)
-    filling = torch.randn(shape[1:]).to(dtype)
+    k_cache, v_cache = card.empty(*shape), card.empty(*shape)
+    filling = torch.randn(shape[1:]).bfloat16()
     for row, blocks in enumerate(torch.split(order[: sum(blocks_of)], blocks_of)):
-        tables[row, : len(blocks)] = blocks
+        tables[len(lens) - 1 - row, : len(blocks)] = blocks
         for index, block in enumerate(blocks.tolist()):
             used = min(block_size, -(-contexts[row] // TILE) * TILE - index * block_size)
-            for cache in caches:
+            for cache in (k_cache, v_cache):
                 cache[block, :used].copy_(filling[:used])
+
+    def numbers(values: Iterable[int]) -> Tensor:
+        return card.put(torch.tensor(list(values), dtype=torch.int32))
+
     num_tokens = sum(query_lens)
     rows = PagedRows(
         block_tables=card.put(tables),
-        context_lens=card.put(torch.tensor(contexts, dtype=torch.int32)),
-        cu_seqlens_q=card.put(torch.tensor([0, *itertools.accumulate(query_lens)]).int()),
+        table_rows=numbers(reversed(range(len(lens)))),
+        context_lens=numbers(contexts),
+        decode_lens=numbers(n if query_len == 1 else 0 for query_len, n in lens),
+        cu_seqlens_q=numbers([0, *itertools.accumulate(query_lens)]),
         num_tokens=num_tokens,
         max_query_len=max(query_lens),
         block_size=block_size,
-        dtype=dtype,
+        dtype=torch.bfloat16,
     )
-    query = card.random(num_tokens, num_heads, head_dim, dtype=dtype)
-    card.ops.paged_attention(query, *caches, rows, scale=head_dim**-0.5)
+    query = card.random(num_tokens, num_heads, head_dim)
+    attention = attention or PagedAttention(card.kernels)
+    attention(query, k_cache, v_cache, rows, head_dim**-0.5)
 
 
 # ------------------------------------------------------------------------------------
@@ -235,6 +320,8 @@ def launch_all(files: Sequence[str], launches: Counter[str]) -> Iterator[str]:
     """
     card = Card()
     for file in files:
+        if ONLY_ON.get(file, card.kernels.architecture) != card.kernels.architecture:
+            continue
         try:
             CASES.get(file, no_case)(card)
             torch.cuda.synchronize()

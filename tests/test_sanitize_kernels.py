@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ember_pp.kernels import build
 from scripts import sanitize_kernels
-from scripts.sanitize_kernels import CASES, kernels_by_file, kernels_in, not_launched
+from scripts.sanitize_kernels import CASES, ONLY_ON, kernels_by_file, kernels_in, not_launched
 
 
 def test_every_file_of_kernels_has_a_case() -> None:
     assert sorted(CASES) == sorted(kernels_by_file())
+    assert set(ONLY_ON) <= set(CASES)
 
 
 def test_kernels_are_found_whatever_stands_before_their_names() -> None:
@@ -44,6 +46,10 @@ def test_launches_are_known_by_their_mangled_names() -> None:
     assert not_launched(symbols, names) == ["rms_norm_kernel", "kernel"]
 
 
+class PretendedCard:
+    kernels = SimpleNamespace(architecture=80)
+
+
 def test_a_kernel_that_no_case_launches_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """And so is a file without a case; what one case raises does not stop the others."""
     launches: Counter[str] = Counter()
@@ -54,10 +60,12 @@ def test_a_kernel_that_no_case_launches_is_a_problem(monkeypatch: pytest.MonkeyP
     def launch(card: object) -> None:
         launches["_ZN5ember12third_kernelEv"] += 1
 
-    monkeypatch.setattr(sanitize_kernels, "Card", object)
+    monkeypatch.setattr(sanitize_kernels, "Card", PretendedCard)
     monkeypatch.setattr(sanitize_kernels.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(sanitize_kernels, "CASES", {"b.cuh": fail, "c.cuh": launch})
+    monkeypatch.setattr(sanitize_kernels, "CASES", {"b.cuh": fail, "c.cuh": launch, "d.cuh": fail})
+    monkeypatch.setattr(sanitize_kernels, "ONLY_ON", {"c.cuh": 80, "d.cuh": 90})
     files = {"a.cuh": ["first_kernel"], "b.cuh": ["second_kernel"], "c.cuh": ["third_kernel"]}
+    files["d.cuh"] = ["fourth_kernel"]
     monkeypatch.setattr(sanitize_kernels, "kernels_by_file", lambda: files)
 
     problems = list(sanitize_kernels.launch_all(list(files), launches))

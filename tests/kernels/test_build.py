@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -17,6 +19,7 @@ from ember_pp.errors import KernelBuildError
 from ember_pp.kernels import build
 from ember_pp.kernels.build import ARCHITECTURES, Binary, KernelSource
 from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.kernels.skinny_linear import make_plan
 from ember_pp.model_config import ModelConfig
 from paged_model import PagedModel
 from scripts.sanitize_kernels import kernels_by_file
@@ -273,6 +276,8 @@ def test_a_kernel_is_built_once_and_then_found(source: KernelSource, tmp_path: P
 
 
 # One expression per kernel and element type that the models use, and the awkward ones.
+PRESETS = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+H100 = {"num_multiprocessors": 132, "shared_limit": 227 * 1024}
 HOT = [
     ("embedding.cuh", "embedding_kernel<uint4>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 8, 1, false>"),
@@ -295,6 +300,10 @@ HOT = [
     ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 8>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2, 4>"),
+    ("paged_prefill.cuh", "paged_prefill_kernel<64>"),
+    ("paged_prefill.cuh", "paged_prefill_kernel<128>"),
+    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<64>"),
+    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<128>"),
 ]
 OTHERS = [
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
@@ -308,8 +317,37 @@ OTHERS = [
 ]
 
 
+def products_of_the_models() -> set[tuple[str, str]]:
+    """What ``skinny_linear`` instances the Qwen3 models need on an H100."""
+    needed = set()
+    for preset, num_rows in itertools.product(PRESETS, (1, 2, 4, 8, 16, 32)):
+        cfg = config_of(preset)
+        heads, kv_heads = cfg.num_heads, cfg.num_kv_heads
+        for width, num_outputs, is_normed, is_gated in (
+            (cfg.hidden_size, (heads + 2 * kv_heads) * cfg.head_dim, True, False),
+            (heads * cfg.head_dim, cfg.hidden_size, False, False),
+            (cfg.hidden_size, cfg.intermediate_size, True, True),
+            (cfg.hidden_size, cfg.intermediate_size, False, True),
+            (cfg.intermediate_size, cfg.hidden_size, False, False),
+            (cfg.hidden_size, cfg.vocab_size, True, False),
+            (cfg.hidden_size, cfg.vocab_size, False, False),
+        ):
+            flags = {"is_normed": is_normed, "is_gated": is_gated}
+            plan = make_plan(num_rows, width, num_outputs, **flags, **H100)
+            if plan is not None:
+                booleans = (is_normed, is_gated, plan.is_shared)
+                numbers = [plan.rows, plan.tiles, *(str(flag).lower() for flag in booleans)]
+                expression = f"skinny_linear_kernel<{', '.join(map(str, numbers))}>"
+                needed.add(("skinny_linear.cuh", expression))
+    return needed
+
+
+def config_of(preset: str) -> ModelConfig:
+    path = Path(__file__).parents[2] / "conf" / "model" / f"qwen3-{preset}.yaml"
+    return ModelConfig.from_hf(yaml.safe_load(path.read_text())["architecture"])
+
+
 FILES = sorted(kernels_by_file())
-CONF = Path(__file__).parents[2] / "conf" / "model"
 
 
 def test_no_kernel_is_left_out_of_what_is_compiled() -> None:
@@ -331,8 +369,15 @@ def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int, f
             assert max(spilled) == 0, f"{source.expression}, sm_{architecture}:\n{log}"
 
 
+@needs_compiler
+def test_no_product_of_the_models_spills_on_the_card_that_is_tuned() -> None:
+    for file, expression in sorted(products_of_the_models() - set(HOT)):
+        log = build.compile_kernel(KernelSource(file, expression), 90).log
+        assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, f"{expression}:\n{log}"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["0.6b", "1.7b", "4b", "8b", "14b", "32b"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_what_a_model_launches_is_among_the_hot(
     preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,11 +390,10 @@ def test_what_a_model_launches_is_among_the_hot(
         return get(self, file, expression, *arguments, **options)
 
     monkeypatch.setattr(KernelSet, "get", recorded)
-    shape = yaml.safe_load((CONF / f"qwen3-{preset}.yaml").read_text())["architecture"]
-    config = ModelConfig.from_hf(shape | {"num_hidden_layers": 1})
+    config = dataclasses.replace(config_of(preset), num_layers=1)
     model = PagedModel(None, cfg=config, device="cuda", dtype=torch.bfloat16, kernels="cuda")
     for num_rows in (1, 2, 4, 8, 16, 33, 64):
         model.step({f"{num_rows}-{row}": [row] for row in range(num_rows)})
     model.step({"prompt": list(range(100))})
     model.step({"prompt": [1], "other": list(range(70)), "16-1": [2]})
-    assert launched - set(HOT) == set()
+    assert launched - set(HOT) - products_of_the_models() == set()
