@@ -305,6 +305,8 @@ HOT = [
     ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<64>"),
     ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<128>"),
 ]
+UNUSED = {("paged_prefill.cuh", 90)}
+"""There paged_prefill_wgmma takes its place."""
 OTHERS = [
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
     ("rms_norm.cuh", "rms_norm_kernel<float, 4, 8, true>"),
@@ -365,7 +367,7 @@ def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int, f
         log = build.compile_kernel(source, architecture).log
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
         assert spilled, "the compiler did not say"
-        if (file, source.expression) in HOT:
+        if (file, source.expression) in HOT and (file, architecture) not in UNUSED:
             assert max(spilled) == 0, f"{source.expression}, sm_{architecture}:\n{log}"
 
 
