@@ -168,8 +168,8 @@ def _repeat_heads(heads: Tensor, num_heads: int) -> Tensor:
     if num_kv_heads == num_heads:
         return heads
     repeated = heads[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1, -1)
-    # A copy where there is one KV head, too: given heads at a stride of 0, torch 2.11's
-    # memory-efficient attention is wrong at the last query if it is alone in its tile (of 65, 129).
+    # A copy where there is one KV head, too: with a mask and heads at a stride of 0, torch 2.11's
+    # memory-efficient attention is wrong at the last query of 65, 129, 193, ...
     return repeated.reshape(num_rows, num_heads, context_len, head_dim).contiguous()
 
 
