@@ -191,6 +191,39 @@ def skinny_linear(card: Card) -> None:
         card.ops.add_rms_norm_gate_up(input, None, card.random(12320), 1e-6, weight)
 
 
+def sampling(card: Card) -> None:
+    """Every setting, and padding, over vocabularies that fill no pack and no thread block, and one
+    that no thread block keeps."""
+    from ember_pp.kernels.slot_params import DrawSettings, SlotParams
+
+    settings = [
+        DrawSettings(0, 0.0, 0, 1.0, 0.0),
+        DrawSettings(2**64 - 1, 0.7, 0, 1.0, 0.0),
+        DrawSettings(1, 1.3, 20, 0.95, 0.0),
+        DrawSettings(2, 0.01, 1, 0.5, 0.1),
+        DrawSettings(3, 5.0, 2**31 - 1, 0.999, 0.001),
+    ]
+    on_cpu, params = SlotParams(len(settings), "cpu"), SlotParams(len(settings), card.device)
+    on_cpu.update(dict(enumerate(settings)))
+    params.table.copy_(on_cpu.table)
+    slots = card.put(torch.tensor([4, -1, 0, 3, 2, 1, -1], dtype=torch.int32))
+    positions = card.put(torch.tensor([0, 0, 5, 2**31, 7, 1, 0]))
+    for dtype, vocab_size in itertools.product(DTYPES, (1, 7, 131, 4096 + 3, 33000, 170001)):
+        logits = card.random(len(slots), vocab_size, dtype=dtype)
+        card.ops.sample_tokens(logits, slots, positions, params)
+        if vocab_size == 131:
+            card.ops.sample_tokens(logits[:1], slots[:1], positions[:1], params)
+
+
+def top_logprobs(card: Card) -> None:
+    """Of the first and the last token, and of none."""
+    for dtype, vocab_size in itertools.product(DTYPES, (1, 7, 131, 4096 + 3, 33000, 170001)):
+        logits = card.random(3, vocab_size, dtype=dtype)
+        token_ids = card.put(torch.tensor([vocab_size - 1, -1, 0]))
+        for num_top in (0, 1, 20):
+            card.ops.top_logprobs(logits, token_ids, num_top)
+
+
 def step(card: Card) -> None:
     """First and last slot, column and row; more of each than a thread block has threads."""
     num_slots, width = 150, 3
@@ -228,9 +261,11 @@ CASES: dict[str, Callable[[Card], None]] = {
     "qk_norm_rope_store_kv.cuh": qk_norm_rope_store_kv,
     "read_bandwidth.cuh": read_bandwidth,
     "rms_norm.cuh": rms_norm,
+    "sampling.cuh": sampling,
     "skinny_linear.cuh": skinny_linear,
     "step.cuh": step,
     "swiglu.cuh": swiglu,
+    "top_logprobs.cuh": top_logprobs,
 }
 """File of ``csrc/`` -> what launches its kernels."""
 ONLY_ON = {"paged_prefill_wgmma.cuh": 90}
