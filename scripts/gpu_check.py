@@ -1,4 +1,4 @@
-"""All proofs that need a GPU, one after another, into one result file: ``scripts/gpu_check``.
+"""All proofs that need a GPU, step by step, into one result file: ``scripts/gpu_check``.
 
     scripts/gpu_check                    every step but those that must be named
     scripts/gpu_check tests racecheck    these alone; the file is written only with --output
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.json"
 MOST_WORKERS = 6
 """Test processes at once: each has a context on the card, and builds kernels on a core."""
+CORES_FOR_SEVERAL = 12
+"""With fewer, steps that could run at the same time run one after another."""
 MOST_NAMED = 20
 """Failures of a step whose names are kept in the result."""
 PACKAGES = (
@@ -63,6 +67,8 @@ class Step:
     """Counts from what it wrote; ``passed`` is one of them and must not be 0."""
     needs: Sequence[str] = ()
     """What ``missing`` knows."""
+    together: str = ""
+    """Neighbours of the same name may run at the same time."""
     limit_s: float = 300.0
     must_be_named: bool = False
 
@@ -71,19 +77,24 @@ class Step:
 # the steps
 
 
-def make_steps(scratch: Path, sanitizer: str) -> list[Step]:
+def make_steps(scratch: Path, sanitizer: str, workers: int) -> list[Step]:
     """All of them in order; ``scratch`` is a folder for files that pass between processes."""
     memory, oracle = "tests/gpu/test_memory.py", "tests/gpu/test_oracle.py"
-    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    others = ["tests/gpu", f"--ignore={memory}", f"--ignore={oracle}"]
+
+    def watched(tool: str) -> Step:
+        return _launch_step(tool, sanitizer_command(sanitizer, tool), scratch, together="checkers")
+
     return [
-        _launch_step("kernels", [], scratch),
-        _pytest_step("tests", ["tests", "--ignore=tests/gpu"], scratch, workers=MOST_WORKERS),
-        _pytest_step("oracle", [oracle], scratch, workers=2, needs=("transformers",)),
+        _launch_step("kernels", [], scratch, together="tests"),
+        _pytest_step("tests", ["tests", "--ignore=tests/gpu"], scratch, workers, together="tests"),
         _pytest_step(
-            "engine", ["tests/gpu", f"--ignore={memory}", f"--ignore={oracle}"], scratch, workers=3
+            "oracle", [oracle], scratch, min(workers, 3), together="tests", needs=("transformers",)
         ),
-        _pytest_step("memory", [memory], scratch),
-        *(_launch_step(tool, sanitizer_command(sanitizer, tool), scratch) for tool in tools),
+        # A file of these starts its engines once, for all its tests.
+        _pytest_step("engine", others, scratch, min(workers, 4), dist="loadfile"),
+        _pytest_step("memory", [memory], scratch, 1),
+        *(watched(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
         Step(
             "benchmark",
             [sys.executable, "-m", "benchmarks.kernels"],
@@ -95,7 +106,14 @@ def make_steps(scratch: Path, sanitizer: str) -> list[Step]:
 
 
 def _pytest_step(
-    name: str, paths: list[str], scratch: Path, *, workers: int = 1, needs: Sequence[str] = ()
+    name: str,
+    paths: list[str],
+    scratch: Path,
+    workers: int,
+    *,
+    dist: str = "worksteal",
+    together: str = "",
+    needs: Sequence[str] = (),
 ) -> Step:
     """Tests marked ``gpu`` below ``paths``. Plugins that would get in the way are left out, and
     one that a setting of ours asks for may be missing."""
@@ -105,18 +123,18 @@ def _pytest_step(
     if importlib.util.find_spec("pytest_timeout") is None:
         options += ["-o", "addopts=--import-mode=importlib --strict-markers"]
         options += ["-W", "ignore::pytest.PytestConfigWarning"]
-    workers = min(workers, len(os.sched_getaffinity(0)))
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(workers), "--dist", "worksteal"]
+        options += ["-n", str(workers), "--dist", dist]
     return Step(
         name,
         [sys.executable, "-m", "pytest", *paths, *options, "--junit-xml", str(report)],
         lambda output: count_tests(report),
         needs=("pytest", *needs),
+        together=together,
     )
 
 
-def _launch_step(name: str, prefix: Sequence[str], scratch: Path) -> Step:
+def _launch_step(name: str, prefix: Sequence[str], scratch: Path, *, together: str) -> Step:
     """Every kernel launched once, behind ``prefix``."""
     report = scratch / f"{name}.json"
     command = [sys.executable, "-m", "scripts.sanitize_kernels", "--report", str(report)]
@@ -125,6 +143,7 @@ def _launch_step(name: str, prefix: Sequence[str], scratch: Path) -> Step:
         [*prefix, *command],
         lambda output: count_launches(report) | count_findings(output),
         needs=(SANITIZER,) if prefix else (),
+        together=together,
     )
 
 
@@ -205,13 +224,25 @@ def missing(step: Step, sanitizer: str) -> list[str]:
     return names
 
 
+def run_steps(steps: Sequence[Step], sanitizer: str) -> Iterator[dict[str, Any]]:
+    """The row of each, in order."""
+    has_cores = len(os.sched_getaffinity(0)) >= CORES_FOR_SEVERAL
+    for _, group in itertools.groupby(steps, lambda step: step.together or step.name):
+        members = list(group)
+        for step in members:
+            print(f"== {step.name}: {readable(step.command)}", flush=True)
+        at_once = len(members) if has_cores else 1
+        with ThreadPoolExecutor(at_once) as threads:
+            yield from threads.map(lambda step: run_step(step, sanitizer), members)
+
+
 def run_step(step: Step, sanitizer: str) -> dict[str, Any]:
     """The row of a step: command, seconds, outcome (``passed``, ``failed``, ``not run``)."""
     row: dict[str, Any] = {"name": step.name, "command": readable(step.command), "seconds": 0.0}
     if names := missing(step, sanitizer):
         return row | {"outcome": "not run", "reason": f"missing: {', '.join(names)}"}
     began = time.monotonic()
-    code, output = run_command(step.command, step.limit_s)
+    code, output = run_command(step.command, step.limit_s, prefix=f"{step.name}: ")
     row["seconds"] = round(time.monotonic() - began, 1)
     reason = "" if code == 0 else f"exit code {code}"
     if code is None:
@@ -226,8 +257,11 @@ def run_step(step: Step, sanitizer: str) -> dict[str, Any]:
     return row | ({"outcome": "failed", "reason": reason} if reason else {"outcome": "passed"})
 
 
-def run_command(command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
-    """Exit code (None: it was killed at its limit) and what it wrote, which is shown as well.
+def run_command(
+    command: Sequence[str], limit_s: float, *, prefix: str = ""
+) -> tuple[int | None, str]:
+    """Exit code (None: it was killed at its limit) and what it wrote, which is shown as well, each
+    line behind ``prefix``.
 
     It has a process group of its own, and nothing of that is left when it returns.
     """
@@ -253,7 +287,7 @@ def run_command(command: Sequence[str], limit_s: float) -> tuple[int | None, str
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                sys.stdout.write(line)
+                sys.stdout.write(prefix + line)
                 sys.stdout.flush()
                 lines.append(line)
             code = process.wait()
@@ -323,6 +357,13 @@ def parse_options(names: Sequence[str], arguments: Sequence[str] | None) -> argp
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {' '.join(names)}")
     parser.add_argument("--output", type=Path, help=f"default benchmarks/results/{RESULT.name}")
     parser.add_argument("--sanitizer", default="", help="path of compute-sanitizer")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(MOST_WORKERS, cores),
+        help="test processes at once, each with its context on the card; default %(default)s here",
+    )
     parser.add_argument("--benchmark", action="store_true", help="benchmarks.kernels as well")
     parser.add_argument(
         "--allow-missing", action="store_true", help="a step that cannot run is no failure"
@@ -344,10 +385,11 @@ def choose(steps: Sequence[Step], options: argparse.Namespace) -> list[Step]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 if everything passed."""
     with tempfile.TemporaryDirectory(prefix="ember-gpu-check-") as folder:
-        names = [step.name for step in make_steps(Path(folder), "")]
+        scratch = Path(folder)
+        names = [step.name for step in make_steps(scratch, "", 1)]
         options = parse_options(names, arguments)
         sanitizer = find_sanitizer(options.sanitizer)
-        steps = choose(make_steps(Path(folder), sanitizer), options)
+        steps = choose(make_steps(scratch, sanitizer, options.workers), options)
         if not has_gpu():
             print("scripts/gpu_check: no CUDA device, or no torch for one", file=sys.stderr)
             return 1
@@ -357,10 +399,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         if options.commit:
             result["conditions"]["commit"] = options.commit
-        began, rows = time.monotonic(), []
-        for step in steps:
-            print(f"\n== {step.name}: {readable(step.command)}", flush=True)
-            rows.append(run_step(step, sanitizer))
+        began = time.monotonic()
+        rows = list(run_steps(steps, sanitizer))
         result["seconds"] = round(time.monotonic() - began, 1)
     fine = {"passed", "not run"} if options.allow_missing else {"passed"}
     result["passed"] = all(row["outcome"] in fine for row in rows)

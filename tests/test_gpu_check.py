@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """``run(steps, *arguments)``: exit code, and the result that was written to ``--output``."""
 
     def run(steps: Sequence[Step], *arguments: str) -> tuple[int, dict]:
-        monkeypatch.setattr(gpu_check, "make_steps", lambda scratch, sanitizer: steps)
+        monkeypatch.setattr(gpu_check, "make_steps", lambda *arguments: steps)
         monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
         output = tmp_path / "result.json"
         code = gpu_check.main([*arguments, "--output", str(output)])
@@ -109,6 +110,33 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(run, tmp_path: Path) 
     assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
+def test_neighbours_run_at_the_same_time_where_there_are_cores(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for the file that the other makes."""
+
+    def meeting(own: str, other: str) -> str:
+        return (
+            f"import pathlib, time\n(pathlib.Path({str(tmp_path)!r}) / {own!r}).write_text('')\n"
+            f"while not (pathlib.Path({str(tmp_path)!r}) / {other!r}).exists(): time.sleep(0.01)\n"
+        )
+
+    pair = [
+        step("a", meeting("a", "b"), together="pair", limit_s=30.0),
+        step("b", meeting("b", "a"), together="pair", limit_s=30.0),
+    ]
+    monkeypatch.setattr(gpu_check, "CORES_FOR_SEVERAL", 1)
+    code, result = run([*pair, step("c", GOOD)])
+    assert code == 0
+    assert [row["name"] for row in result["steps"]] == ["a", "b", "c"]
+    for name in ("a", "b"):
+        (tmp_path / name).unlink()
+    monkeypatch.setattr(gpu_check, "CORES_FOR_SEVERAL", 10**6)
+    pair = [dataclasses.replace(one, limit_s=1.5) for one in pair]
+    outcomes = [row["outcome"] for row in run(pair)[1]["steps"]]
+    assert outcomes == ["failed", "passed"], "the first waits in vain; the second finds its file"
+
+
 def test_without_a_gpu_nothing_is_run_and_nothing_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +147,7 @@ def test_without_a_gpu_nothing_is_run_and_nothing_written(
 
 
 def test_a_part_is_no_record_of_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu_check, "make_steps", lambda scratch, sanitizer: [step("one", GOOD)])
+    monkeypatch.setattr(gpu_check, "make_steps", lambda *arguments: [step("one", GOOD)])
     monkeypatch.setattr(gpu_check, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "whole.json")
     assert gpu_check.main(["one"]) == 0
@@ -159,7 +187,8 @@ def test_findings_are_read_from_the_last_line(line: str, expected: dict[str, int
 def test_every_test_for_a_gpu_is_in_a_step_and_every_tool_watches_every_kernel(
     tmp_path: Path,
 ) -> None:
-    steps = {step.name: step for step in gpu_check.make_steps(tmp_path, "/cuda/compute-sanitizer")}
+    all_steps = gpu_check.make_steps(tmp_path, "/cuda/compute-sanitizer", 6)
+    steps = {step.name: step for step in all_steps}
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert list(steps) == ["kernels", "tests", "oracle", "engine", "memory", *tools, "benchmark"]
     for tool in tools:
@@ -179,7 +208,7 @@ def test_every_test_for_a_gpu_is_in_a_step_and_every_tool_watches_every_kernel(
 
 
 def test_a_missing_tool_is_named_with_where_it_is_from(tmp_path: Path) -> None:
-    by_name = {step.name: step for step in gpu_check.make_steps(tmp_path, "")}
+    by_name = {step.name: step for step in gpu_check.make_steps(tmp_path, "", 1)}
     assert "CUDA toolkit" in gpu_check.missing(by_name["racecheck"], "")[0]
     assert gpu_check.missing(by_name["racecheck"], "/cuda/compute-sanitizer") == []
 
