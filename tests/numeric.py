@@ -37,12 +37,6 @@ def sum_tolerance(dtype: torch.dtype, num_terms: int) -> float:
     return 2.0**-24 * 8 * num_terms**0.5 + 4 * _UNIT_ROUNDOFF[dtype]
 
 
-def attention_tolerance(dtype: torch.dtype, context_len: int) -> float:
-    """Relative error allowed to attention over ``context_len`` positions: two sums after each
-    other, of products and of weighted values."""
-    return sum_tolerance(dtype, context_len) * 2
-
-
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference of a row over the row's largest value, the worst of all rows."""
     actual, expected = _comparable(actual, expected)
