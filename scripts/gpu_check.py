@@ -396,20 +396,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result: dict[str, Any] = {
             "benchmark": "gpu_check",
             "conditions": conditions() | gpu_conditions() | {"versions": versions(sanitizer)},
+            "left_out": sorted(set(names) - {step.name for step in steps}),
         }
         if options.commit:
             result["conditions"]["commit"] = options.commit
-        began = time.monotonic()
-        rows = list(run_steps(steps, sanitizer))
-        result["seconds"] = round(time.monotonic() - began, 1)
-    fine = {"passed", "not run"} if options.allow_missing else {"passed"}
-    result["passed"] = all(row["outcome"] in fine for row in rows)
-    result["left_out"] = sorted(set(names) - {step.name for step in steps})
-    result["steps"] = rows
+        output = options.output or (None if options.steps else RESULT)
+        began, rows = time.monotonic(), []
+        for row in run_steps(steps, sanitizer):
+            rows.append(row)
+            result["seconds"] = round(time.monotonic() - began, 1)
+            result["is_whole"] = len(rows) == len(steps)
+            fine = {"passed", "not run"} if options.allow_missing else {"passed"}
+            result["passed"] = all(row["outcome"] in fine for row in rows)
+            if output:  # after each: what is known stays, whatever ends this process
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(result | {"steps": rows}, indent=2) + "\n")
     print("", *summary(rows), f"{'all':19} {result['seconds']:7.1f} s", sep="\n")
-    output = options.output or (None if options.steps else RESULT)
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written: {output}", file=sys.stderr)
     return 0 if result["passed"] else 1
 

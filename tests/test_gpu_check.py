@@ -65,6 +65,7 @@ def test_all_steps_have_their_turn_and_one_failure_is_the_outcome(run) -> None:
         "last": ("passed", None),
     }
     assert result["left_out"] == ["dear"]
+    assert result["is_whole"]
     assert result["steps"][0]["counts"] == {"passed": 3}
     assert result["steps"][0]["command"] == "python -c 'print('\"'\"'fine'\"'\"')'"
     assert result["seconds"] >= sum(row["seconds"] for row in result["steps"]) - 0.5
@@ -154,6 +155,14 @@ def test_a_part_is_no_record_of_the_whole(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not (tmp_path / "whole.json").exists()
     assert gpu_check.main([]) == 0
     assert (tmp_path / "whole.json").exists()
+
+
+def test_what_is_known_is_on_the_disk_after_each_step(run, tmp_path: Path) -> None:
+    look = (
+        f"import json; result = json.load(open({str(tmp_path / 'result.json')!r}))\n"
+        "assert not result['is_whole'] and len(result['steps']) == 1"
+    )
+    assert run([step("first", GOOD), step("looks", look)])[0] == 0
 
 
 def test_tests_are_counted_with_failures_by_name(tmp_path: Path) -> None:
