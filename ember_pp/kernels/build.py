@@ -112,7 +112,7 @@ def sources_of(kernel: KernelSource) -> dict[str, str]:
 
 def key_of(kernel: KernelSource, architecture: int, compiler: tuple[int, int]) -> str:
     """What a built kernel is found by: a digest of everything that it is built from."""
-    parts = [kernel.expression, f"sm_{architecture}", repr(compiler), repr(dict(_FLAGS))]
+    parts = [kernel.expression, _target(architecture), repr(compiler), repr(dict(_FLAGS))]
     for name, text in sources_of(kernel).items():
         parts += [name, text]
     digest = hashlib.sha256()
@@ -133,7 +133,7 @@ def compile_kernel(kernel: KernelSource, architecture: int) -> Binary:
 
     log, name = io.StringIO(), kernel.expression
     options = ProgramOptions(
-        name=kernel.file, arch=f"sm_{architecture}", include_path=str(kernel.folder), **_FLAGS
+        name=kernel.file, arch=_target(architecture), include_path=str(kernel.folder), **_FLAGS
     )
     try:
         text = (kernel.folder / kernel.file).read_text("ascii") + _EPILOGUE
@@ -144,6 +144,11 @@ def compile_kernel(kernel: KernelSource, architecture: int) -> Binary:
             f"{kernel.file}, {kernel.expression}, sm_{architecture}: not built: {error}"
         ) from None
     return Binary(built.symbol_mapping[name].decode(), bytes(built.code), log.getvalue())
+
+
+def _target(architecture: int) -> str:
+    """``sm_90a`` has what the architectures after it have not: wgmma."""
+    return f"sm_{architecture}{'a' if architecture == 90 else ''}"
 
 
 def load_or_compile(kernel: KernelSource, architecture: int, cache: Path) -> Binary:

@@ -20,7 +20,8 @@ from ember_pp.kernels.build import Binary
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _MAX_DYNAMIC_SHARED, _SHARED_CARVEOUT = 8, 9
-_DEFAULT_SHARED_BYTES = 48 * 1024
+_DEFAULT_SHARED_BYTES = 32 * 1024
+"""Dynamic shared memory that is there unasked: 48 KiB less what a kernel has beside it."""
 _OVERLAP_FROM = 90
 """Compute capability, times ten, from which a kernel may start before the one before ends."""
 

@@ -33,12 +33,9 @@
  * Source     own; paging: Kwon et al., SOSP 2023; equal shares: Stream-K, Osama et al., 2023;
  *            the split with a later sum: Flash-Decoding, Dao et al., 2023
  */
-#include "device.cuh"
+#include "attention.cuh"
 
 namespace ember {
-
-constexpr int kTile = 16;   // positions
-constexpr int kFanIn = 16;  // parts that one warp adds
 
 struct DecodeArguments {
   const bf16* query;
@@ -58,15 +55,6 @@ struct DecodeArguments {
   float scale_log2;  // scale * log2(e)
 };
 
-__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
-
-/* threadIdx.x, read anew: what follows from it need not be kept in registers. */
-__device__ __forceinline__ int thread_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
-}
-
 __device__ __forceinline__ uint4 load_streamed(const bf16* address) {
   uint4 word;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -82,20 +70,6 @@ __device__ __forceinline__ uint2 load_shared(const uint2* place) {
                : "=r"(word.x), "=r"(word.y)
                : "r"(static_cast<u32>(__cvta_generic_to_shared(place))));
   return word;
-}
-
-__device__ __forceinline__ void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
-                                             u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
 }
 
 /* A warp's running result of its KV head. Lane (g, t) = (lane / 4, lane % 4) holds query heads
@@ -248,12 +222,6 @@ struct ValueTile {
   }
 };
 
-/* A query head's row of scores lies in 4 lanes. */
-__device__ __forceinline__ float head_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
 /* What lane (head, .) has, for the two heads of this lane's `Part`. */
 __device__ __forceinline__ float of_head(float x, int t, int i) {
   return __shfl_sync(kAllLanes, x, 8 * t + 4 * i);
@@ -316,7 +284,7 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
       scores[i] = is_valid ? scores[i] * a.scale_log2 : minus_infinity();
     }
     const float old_max = max;
-    max = head_max(
+    max = quad_max(
         fmaxf(fmaxf(fmaxf(scores[0], scores[1]), fmaxf(scores[2], scores[3])), old_max));
     const float by = exp2_fast(old_max - max);
 #pragma unroll
@@ -337,18 +305,6 @@ __device__ __forceinline__ void attend(const DecodeArguments& a, const volatile 
     part.weight[i] = of_head(weight, t, i);
   }
 }
-
-/* Which blocks share a row, and where their parts lie. */
-struct RowShares {
-  int first, last;  // blocks
-
-  __device__ __forceinline__ i64 slot(int block) const { return 2 * block + (block == first); }
-  __device__ __forceinline__ int first_of(int group) const { return max(first, group * kFanIn); }
-  __device__ __forceinline__ int num_in(int group) const {
-    return min(last, group * kFanIn + kFanIn - 1) - first_of(group) + 1;
-  }
-  __device__ __forceinline__ int num_groups() const { return last / kFanIn - first / kFanIn + 1; }
-};
 
 /* What the kSplits warps of a KV head do together, one query head and 4 dimensions each thread
  * and step: they add parts that lie in memory, each with the maximum and weight of its heads, up
@@ -420,27 +376,12 @@ struct Merge {
   }
 };
 
-/* True in the block that arrives last of `expected`; it then sees what the others wrote. */
-__device__ __forceinline__ bool is_last_to_arrive(int* counter, int expected) {
-  __shared__ u32 before;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    before = atomicInc(reinterpret_cast<u32*>(counter), expected - 1);  // wraps to 0
-    __threadfence();
-  }
-  __syncthreads();
-  const bool is_last = before == static_cast<u32>(expected - 1);
-  __syncthreads();  // before `before` is written again
-  return is_last;
-}
-
 /* After this block's part of a shared row was stored: the last to come here writes the row. Not
  * inlined, so that its registers do not add to those of the loop over tiles. */
-template <int kHeadDim, int kSplits, int kGroup>
+template <int kHeadDim, int kHeads, int kSplits, int kGroup>
 __device__ __noinline__ void combine(const DecodeArguments& a, int row, int token, int kv_head,
                                      int thread, int first, int last) {
-  const RowShares shares{first, last};
+  const Shares shares{first, last};
   const int group = blockIdx.x / kFanIn, num_groups = shares.num_groups();
   int* row_counter = a.counters + row * gridDim.y + blockIdx.y;
   int* counter = row_counter;
@@ -452,7 +393,9 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int toke
   const auto first_head = [&](int block) {
     return (shares.slot(block) * a.num_kv_heads + kv_head) * a.group_size;
   };
-  if (!is_last_to_arrive(counter, shares.num_in(group))) return;
+  constexpr int kBlock = kHeads * kSplits * kWarpSize;
+  const bool is_first = threadIdx.x == 0;
+  if (!is_last_to_arrive<0, kBlock>(counter, shares.num_in(group), is_first)) return;
   Merge<kHeadDim, kSplits, kGroup> merge;
   const int first_block = shares.first_of(group);
   merge.template add<false>(
@@ -461,7 +404,7 @@ __device__ __noinline__ void combine(const DecodeArguments& a, int row, int toke
   if (num_groups > 1) {
     const i64 head = first_head(first_block);
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    if (!is_last_to_arrive(row_counter, num_groups)) return;
+    if (!is_last_to_arrive<0, kBlock>(row_counter, num_groups, is_first)) return;
     merge.template add<false>(
         a.parts, a.part_stats,
         [&](int i) { return first_head(shares.first_of(first / kFanIn + i)); }, num_groups,
@@ -527,7 +470,7 @@ struct Scratch {
 /* Add what the warps of a KV head have; the result is the row's output, or a part of it. */
 template <int kHeadDim, int kHeads, int kSplits, int kGroup>
 __device__ __forceinline__ void finish(const DecodeArguments& a, int row, int token,
-                                       const RowShares& shares, const Part<kHeadDim>& part,
+                                       const Shares& shares, const Part<kHeadDim>& part,
                                        Scratch<kHeadDim, kHeads * kSplits, kGroup>& scratch) {
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const int thread = warp / kHeads * kWarpSize + lane;  // among those of the same KV head
@@ -547,7 +490,7 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, int row, int to
   } else {
     const i64 head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    combine<kHeadDim, kSplits, kGroup>(a, row, token, kv_head, thread, shares.first, shares.last);
+    combine<kHeadDim, kHeads, kSplits, kGroup>(a, row, token, kv_head, thread, shares.first, shares.last);
   }
 }
 
@@ -590,7 +533,7 @@ __global__ void __launch_bounds__(kHeads* kSplits* kWarpSize, 16 / (kHeads * kSp
                                       max(begin, row_begin) - row_begin + warp / kHeads,
                                       reinterpret_cast<uint2*>(scratch.words[warp]), part);
     row = segments[thread_index() / kWarpSize].row;
-    const RowShares shares{ends[row] / share, (ends[row + 1] - 1) / share};
+    const Shares shares{ends[row] / share, (ends[row + 1] - 1) / share};
     const int token = segments[thread_index() / kWarpSize].token;
     finish<kHeadDim, kHeads, kSplits, kGroup>(a, row, token, shares, part, scratch);
     row = segments[thread_index() / kWarpSize].row;
