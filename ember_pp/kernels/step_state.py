@@ -84,7 +84,7 @@ class StepState:
     """[2] int64 of the step."""
     results: Tensor
     """[P, 2 + R] int32 on the host, pinned for a GPU: the mark of a plan as int64, then the
-    tokens that it drew."""
+    tokens that it drew. One word more where R is odd, so that every mark is aligned."""
 
     @classmethod
     def allocate(
@@ -123,7 +123,7 @@ class StepState:
             sample_positions=full(0, max_rows, dtype=long),
             turn_and_mark=full(0, 2, dtype=long),
             results=torch.zeros(
-                (max_pending, _MARK_WORDS + max_rows),
+                (max_pending, _MARK_WORDS + max_rows + max_rows % 2),
                 dtype=torch.int32,
                 pin_memory=device.type == "cuda",
             ),

@@ -173,13 +173,13 @@ __global__ void __launch_bounds__(kBeginThreads)
   }
 }
 
-/* `results` has a row of 2 + max_rows words for each turn. */
+/* `results` has a row of `row_words` words for each turn, an even number. */
 __global__ void __launch_bounds__(kEndThreads)
     end_step_kernel(const i64* drawn, const int* slots, i64* last_tokens, int* output,
-                    const i64* turn_and_mark, int* results, int num_drawn, int max_rows) {
+                    const i64* turn_and_mark, int* results, int num_drawn, int row_words) {
   let_next_kernel_start();
   wait_for_previous_kernel();
-  int* const result = results + turn_and_mark[0] * (2 + max_rows);
+  int* const result = results + turn_and_mark[0] * row_words;
   for (int n = threadIdx.x; n < num_drawn; n += kEndThreads) {
     const i64 token = drawn[n];
     const int slot = slots[n];
