@@ -307,7 +307,7 @@ class CudaOps:
             state.turn_and_mark.data_ptr(),
             state.results.data_ptr(),
             len(drawn),
-            len(state.slots),
+            state.results.shape[1],
         )
         kernel.launch((1, 1), _END_THREADS, arguments)
         return output

@@ -10,10 +10,10 @@ from ember_pp.kernels import StepState
 from kernel_backends import BACKENDS, cpu_ops, open_backend
 
 
-def make_state(device: torch.device, *, keeps_drawn: bool = True) -> StepState:
+def make_state(device: torch.device, *, keeps_drawn: bool = True, max_rows: int = 300) -> StepState:
     state = StepState.allocate(
         max_tokens=8,
-        max_rows=300,
+        max_rows=max_rows,
         max_slots=400,
         max_blocks_per_sequence=2,
         block_size=16,
@@ -53,6 +53,24 @@ def test_brings_tokens_to_the_host_and_to_the_next_step(
     assert state.results[2, :2].view(torch.int64).tolist() == [2**40 + 3]
     assert not state.results[:2].any(), "another plan's tokens"
     assert not state.results[2, 2 + num_drawn :].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_rows", [1, 2, 5])
+def test_every_turn_has_a_mark_of_its_own(max_rows: int, backend: str) -> None:
+    ops, device = open_backend(backend)
+    state = make_state(device, max_rows=max_rows)
+    slots = torch.arange(max_rows, dtype=torch.int32, device=device)
+    for turn in range(3):
+        state.turn_and_mark.copy_(torch.tensor([turn, turn + 50]))
+        ops.end_step(torch.full((max_rows,), turn + 7, device=device), slots, state)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    marks = [row[:2].view(torch.int64).tolist() for row in state.results]
+    assert marks == [[50], [51], [52]]
+    assert [row[2 : 2 + max_rows].tolist() for row in state.results] == [
+        [turn + 7] * max_rows for turn in range(3)
+    ]
 
 
 @pytest.mark.gpu
