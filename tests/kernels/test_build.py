@@ -281,7 +281,14 @@ HOT = [
     ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 8>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2, 4>"),
+    ("paged_prefill.cuh", "paged_prefill_kernel<128>"),
+    ("paged_prefill.cuh", "paged_prefill_kernel<64>"),
+    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<128>"),
+    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<64>"),
 ]
+ELSEWHERE = {("paged_prefill_kernel<128>", 90)}
+"""Hot kernels that this architecture has another one for."""
+HEADERS = {"device.cuh", "attention.cuh", "prefill_plan.cuh", "prefill_tile.cuh"}
 OTHERS = [
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
     ("rms_norm.cuh", "rms_norm_kernel<float, 4, 8, true>"),
@@ -295,11 +302,11 @@ OTHERS = [
 @needs_compiler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int) -> None:
-    files = {path.name for path in build.SOURCES.glob("*.cuh")} - {"device.cuh"}
+    files = {path.name for path in build.SOURCES.glob("*.cuh")} - HEADERS
     assert {file for file, _ in HOT} == files
     for file, expression in HOT + OTHERS:
         log = build.compile_kernel(KernelSource(file, expression), architecture).log
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
         assert spilled, "the compiler did not say"
-        if (file, expression) in HOT:
+        if (file, expression) in HOT and (expression, architecture) not in ELSEWHERE:
             assert max(spilled) == 0, f"{expression}, sm_{architecture}:\n{log}"
