@@ -31,6 +31,7 @@ from ember_pp.kernels import Ops, PagedRows, PlanWords, RopeRows, StepState, bui
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.launch import Kernel, capability
 from ember_pp.kernels.paged_attention import PagedAttention
+from ember_pp.kernels.slot_params import DrawSettings, SlotParams
 
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCK_SIZE = 16
@@ -194,8 +195,6 @@ def skinny_linear(card: Card) -> None:
 def sampling(card: Card) -> None:
     """Every setting, and padding, over vocabularies that fill no pack and no thread block, and one
     that no thread block keeps."""
-    from ember_pp.kernels.slot_params import DrawSettings, SlotParams
-
     settings = [
         DrawSettings(0, 0.0, 0, 1.0, 0.0),
         DrawSettings(2**64 - 1, 0.7, 0, 1.0, 0.0),
