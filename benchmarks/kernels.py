@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.conditions import conditions, gpu_conditions
 from ember_pp.kernels import Ops, PagedRows, RopeRows, build, make_ops
 from ember_pp.kernels.launch import Kernel, capability
+from ember_pp.kernels.slot_params import DrawSettings, SlotParams
 
 RESULT = Path(__file__).with_name("results") / "kernels.json"
 CUDA = torch.device("cuda", 0)
@@ -199,6 +200,83 @@ def decodes(contexts: Sequence[int], shape: str, **heads: int) -> Case:
     return paged_attention([(1, context_len) for context_len in contexts], shape, **heads)
 
 
+def sampling_logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
+    """[N, V] bf16. ``zipf``: probabilities fall with the rank to the power of 1.5, as in text;
+    ``gauss``: spread 3; ``flat``: spread 0.3."""
+    if kind == "zipf":
+        ranks = torch.rand((num_rows, vocab_size), device=CUDA).argsort(-1) + 1
+        return (20 - 1.5 * ranks.float().log()).to(torch.bfloat16)
+    return random(num_rows, vocab_size) * (3.0 if kind == "gauss" else 0.3)
+
+
+def sample_tokens(
+    kind: str,
+    num_rows: int,
+    what: str,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    vocab_size: int = 151936,
+) -> Case:
+    """One read of the logits; ratio 0.5 is two reads."""
+    params = SlotParams(num_rows, CUDA)
+    settings = DrawSettings(0, temperature, top_k, top_p, min_p)
+    params.update({slot: settings._replace(seed=slot) for slot in range(num_rows)})
+    slots = torch.arange(num_rows, dtype=torch.int32, device=CUDA)
+
+    def make() -> Run:
+        logits = sampling_logits(kind, num_rows, vocab_size)
+        positions = torch.randint(0, 4096, (num_rows,), device=CUDA)
+        return lambda ops: ops.sample_tokens(logits, slots, positions, params)
+
+    num_bytes = num_rows * (2 * vocab_size + 20)
+    text = f"{num_rows} x {vocab_size} {kind}, {what}"
+    return Case("sample_tokens", text, num_bytes, make, has_torch=False)
+
+
+def top_logprobs(num_rows: int, num_top: int, vocab_size: int = 151936) -> Case:
+    """One read of the logits."""
+
+    def make() -> Run:
+        logits = sampling_logits("zipf", num_rows, vocab_size)
+        token_ids = torch.randint(0, vocab_size, (num_rows,), device=CUDA)
+        return lambda ops: ops.top_logprobs(logits, token_ids, num_top)
+
+    num_bytes = num_rows * (2 * vocab_size + 12 + 12 * num_top)
+    text = f"{num_rows} x {vocab_size} zipf, n={num_top}"
+    return Case("top_logprobs", text, num_bytes, make, has_torch=num_rows < 64)
+
+
+def sampling_cases() -> list[Case]:
+    """Ways to draw at batch 1, 64 and 256, on logits as of text; and on others at 256."""
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {"temperature": 0.0},
+        "temperature 1": {},
+        "top_p 0.9": {"top_p": 0.9},
+        "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
+        "min_p 0.05": {"min_p": 0.05},
+    }
+    cases = [
+        sample_tokens("zipf", num_rows, what, **settings)
+        for num_rows in (1, 64, 256)
+        for what, settings in ways.items()
+    ]
+    cases += [
+        sample_tokens(kind, 256, what, **settings)
+        for kind in ("gauss", "flat")
+        for what, settings in ways.items()
+    ]
+    cases += [
+        sample_tokens("gauss", 256, "top_k 10000", top_k=10000),
+        sample_tokens("gauss", 256, "T 2, top_p 0.99", temperature=2.0, top_p=0.99),
+        top_logprobs(1, 5),
+        top_logprobs(256, 20),
+    ]
+    return cases
+
+
 def cases() -> list[Case]:
     """Sizes of a decode step at batch 1, 64 and 256, and of a prefill."""
     small = {"num_heads": 16, "num_kv_heads": 8}
@@ -228,6 +306,7 @@ def cases() -> list[Case]:
         paged_attention([(64, 30064)], "prefill 64 after 30000"),
         paged_attention([(1, 640)] * 64 + [(2048, 2048)] * 2, "64 x 640, prefill 2 x 2048"),
         paged_attention([(2048, 2048)] * 8, "prefill 8 x 2048", **small),
+        *sampling_cases(),
     ]
 
 

@@ -86,10 +86,12 @@ def measure(case: Case) -> dict[str, Any]:
         measured = _taken_bytes() - before
         stages = client.status()["stages"]
     predicted = sum(stage.held.total for stage in prediction.stages)
+    graphs = sum(stage.held.graphs for stage in prediction.stages)
     return {
         "case": case.name,
         "card": torch.cuda.get_device_name(0),
         "predicted_bytes": predicted,
+        "graph_bytes": graphs,  # set aside, and taken only as far as graphs are captured
         "measured_bytes": measured,
         "predicted_over_measured": predicted / measured,
         "stages": [

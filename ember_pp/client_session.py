@@ -39,6 +39,8 @@ class Delta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
+    received_s: float = dataclasses.field(default_factory=time.monotonic, compare=False)
+    """When it came, by ``time.monotonic``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

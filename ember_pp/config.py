@@ -84,7 +84,11 @@ class CacheSettings:
     """The paged KV cache of each stage."""
 
     memory_gib: float | None = None
-    """KV memory of each stage in GiB; null: a share of what is free beside the weights."""
+    """KV memory of each stage in GiB; null: by ``memory_share`` on a GPU, and on the CPU a quarter
+    of what is available, divided by the stages."""
+    memory_share: float = 0.9
+    """Of what is free on a GPU beside the weights, what a stage takes for its KV cache and
+    everything else (``docs/planning.md``); the rest stays free."""
     block_size: int = 16
     """Tokens per block."""
     prefix: bool = True
@@ -93,6 +97,10 @@ class CacheSettings:
     def check(self) -> None:
         if self.memory_gib is not None and self.memory_gib <= 0:
             raise ConfigError(f"cache.memory_gib: expected above 0, got {self.memory_gib}")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(
+                f"cache.memory_share: expected above 0, at most 1, got {self.memory_share}"
+            )
         _at_least("cache.block_size", self.block_size, 1)
         if self.block_size > 256:
             raise ConfigError(f"cache.block_size: expected at most 256, got {self.block_size}")
@@ -362,7 +370,65 @@ class PlanJob:
         """Nothing to check."""
 
 
-Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | PlanJob
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BenchJob:
+    """``job=bench``: speed of a stated workload, beside what the device could do at most
+    (``docs/benchmarking.md``)."""
+
+    name: Literal["bench"] = "bench"
+    workload: Literal["single", "fixed", "mixed", "prefill"] = "single"
+    """``single``: one stream. ``fixed``: a batch of equal requests. ``mixed``: prompts and answers
+    of random lengths. ``prefill``: prompts with one output token each."""
+    batch: int | None = None
+    """Requests, all sent at once; null: 1 for ``single``, 64 for ``fixed``, 256 for ``mixed``, 8
+    for ``prefill``."""
+    input_tokens: int | None = None
+    """Tokens of each prompt; null: 128 for ``single``, 512 for ``fixed``, 2048 for ``prefill``."""
+    output_tokens: int | None = None
+    """Tokens of each answer; null: 128 for ``single``, 256 for ``fixed``."""
+    lengths: list[int] = dataclasses.field(default_factory=lambda: [100, 1024])
+    """Shortest and longest prompt of ``mixed``, and the same for its answers."""
+    seed: int = 0
+    """Of token ids, and of lengths in ``mixed``."""
+    warmup: int = 1
+    """Runs of the workload before those that count."""
+    repeats: int = 3
+    """Runs that count."""
+    output: str | None = None
+    """JSON file for the result with all its conditions, or ``-`` for stdout; null: the table
+    alone."""
+    compare: Literal["none", "transformers"] = "none"
+    """``transformers``: the same workload with it, on the same device, in the same run."""
+
+    def check(self) -> None:
+        for key in ("batch", "input_tokens", "output_tokens", "repeats"):
+            _at_least(f"job.{key}", getattr(self, key), 1)
+        _at_least("job.warmup", self.warmup, 0)
+        low, high = (*self.lengths, 0, 0)[:2]
+        if len(self.lengths) != 2 or not 1 <= low <= high:
+            raise ConfigError(
+                f"job.lengths: expected [shortest, longest], from 1, got {self.lengths}"
+            )
+        if self.workload == "single" and self.batch not in (None, 1):
+            raise ConfigError("job.batch: job.workload=single is one request; fixed takes more")
+        if self.workload == "prefill" and self.output_tokens not in (None, 1):
+            raise ConfigError("job.output_tokens: job.workload=prefill has one output token")
+        for key in ("input_tokens", "output_tokens"):
+            if self.workload == "mixed" and getattr(self, key) is not None:
+                raise ConfigError(f"job.{key}: job.workload=mixed draws lengths; see job.lengths")
+        if self.workload in ("single", "fixed") and self.output_tokens == 1:
+            raise ConfigError(
+                f"job.output_tokens: job.workload={self.workload} times tokens after the first; "
+                "give at least 2"
+            )
+        if self.workload == "mixed" and self.compare != "none":
+            raise ConfigError(
+                f"job.compare: {self.compare} has no scheduler for job.workload=mixed; compare "
+                "single, fixed or prefill"
+            )
+
+
+Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | PlanJob | BenchJob
 JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
     {
         "batch": BatchJob,
@@ -371,6 +437,7 @@ JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
         "status": StatusJob,
         "cancel": CancelJob,
         "plan": PlanJob,
+        "bench": BenchJob,
     }
 )
 
@@ -397,6 +464,9 @@ class Config:
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Implementation of the model's operations: own CUDA kernels, or plain torch; ``auto`` is
     ``cuda`` on a CUDA device that has the extra ``cuda`` installed."""
+    cuda_graphs: bool = True
+    """Whether CUDA kernels are launched as graphs, a step at once; false launches each by itself:
+    far slower, the same results, and a profiler or debugger sees every one."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe log line that goes to stderr."""
 

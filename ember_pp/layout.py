@@ -154,7 +154,8 @@ class Layout:
         if self.settings.kv_memory_bytes is not None:
             return self.settings.kv_memory_bytes // block_bytes
         free_bytes = (device.spec.memory_bytes or _NO_LIMIT) - held.context - held.loaded
-        return memory_model.kv_budget_bytes(free_bytes, held.activations) // block_bytes
+        share = self.settings.memory_share
+        return memory_model.kv_budget_bytes(free_bytes, held.reserved, share) // block_bytes
 
     def _lacking_bytes(
         self, stage: int, num_layers: int, num_kv_tokens: int, device: StageDevice
@@ -171,8 +172,8 @@ class Layout:
         if self.settings.kv_memory_bytes is not None and num_layers:
             return held.total + max(self.settings.kv_memory_bytes, kv_bytes)
         # The inverse of ``kv_budget_bytes``: a stage leaves a share of what is free unused.
-        share = memory_model.KV_SHARE_OF_FREE
-        return held.context + held.loaded + math.ceil((held.activations + kv_bytes) / share)
+        share = self.settings.memory_share
+        return held.context + held.loaded + math.ceil((held.reserved + kv_bytes) / share)
 
 
 def choose_split(
@@ -255,14 +256,27 @@ def _check_fits(layout: Layout, ranges: Sequence[LayerRange], num_kv_tokens: int
     start, end = ranges[worst]
     device = layout.limiting_device(worst, end - start, num_kv_tokens)
     held = layout.held(worst, end - start, device)
-    kv_bytes = layout.block_bytes(end - start) * num_kv_tokens // layout.settings.block_size
     raise CapacityError(
         f"pipeline.stages={len(ranges)}: stage {worst} of {len(ranges)} lacks "
         f"{gib(lacking[worst])} on {device.spec.name}, which has "
         f"{gib(device.spec.memory_bytes or 0)}: {end - start} layers and what belongs to them are "
         f"{gib(held.weights)} of weights, the CUDA context takes {gib(held.context)}, activations "
-        f"{gib(held.activations)}, and a KV cache of {num_kv_tokens:,} tokens {gib(kv_bytes)}; "
-        f"{1 - memory_model.KV_SHARE_OF_FREE:.0%} of what is free beside the weights stays unused"
+        f"{gib(held.activations)}, graphs {gib(held.graphs)}, "
+        f"{_describe_kv(layout, end - start, num_kv_tokens)}"
+    )
+
+
+def _describe_kv(layout: Layout, num_layers: int, num_kv_tokens: int) -> str:
+    """What the KV cache takes, and which setting could make that less."""
+    settings = layout.settings
+    kv_bytes = layout.block_bytes(num_layers) * num_kv_tokens // settings.block_size
+    if settings.kv_memory_bytes is not None and settings.kv_memory_bytes > kv_bytes:
+        given = gib(settings.kv_memory_bytes)
+        return f"and its KV cache {given}: lower cache.memory_gib, or raise pipeline.stages"
+    unused = f"{1 - settings.memory_share:.0%}"
+    return (
+        f"and a KV cache of {num_kv_tokens:,} tokens {gib(kv_bytes)}; {unused} of what is free "
+        "beside the weights stays unused (cache.memory_share)"
     )
 
 

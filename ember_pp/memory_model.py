@@ -1,7 +1,8 @@
 """What a stage will hold in memory, by kind, before anything is loaded. Pure arithmetic, no torch.
 
 Every term has its counterpart in ``stage/``; tests compare the two. On a GPU two terms are not
-arithmetic: ``CUDA_CONTEXT_BYTES``, and activations, of which a stage sets aside a generous share.
+arithmetic: ``CUDA_CONTEXT_BYTES`` and ``CUDA_GRAPH_BYTES``. A stage sets the latter and activations
+aside before it takes its KV cache.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from ember_pp import partition
+from ember_pp.config import CacheSettings
 from ember_pp.model_config import ModelConfig
 
 CUDA_CONTEXT_BYTES = 820 * 1024**2
@@ -16,9 +18,9 @@ CUDA_CONTEXT_BYTES = 820 * 1024**2
 one process: 0.67 GiB of context and a little more on an H100 with torch 2.11 and CUDA 13. Nearly
 constant for a driver and a card; a measured profile has the true number."""
 
-KV_SHARE_OF_FREE = 0.9
-"""Of what is free beside the weights, what a GPU stage takes for KV and activations; the rest is
-for fragments, and for activations that were guessed too small."""
+CUDA_GRAPH_BYTES = 512 * 1024**2
+"""Set aside on a GPU for captured graphs: their nodes, and the memory that their tensors keep for
+as long as they live, one pool for all graphs of a stage. Allotted, not measured."""
 
 _PAGE_BYTES = 4096
 _FLAGS_BYTES = 256
@@ -37,7 +39,10 @@ class StageSettings:
     max_in_flight: int
     max_model_len: int
     kv_memory_bytes: int | None = None
-    """``cache.memory_gib``: KV of each stage; None: a share of what is free."""
+    """``cache.memory_gib``: KV of each stage; None: by ``memory_share``."""
+    memory_share: float = CacheSettings().memory_share
+    """``cache.memory_share``: of what is free beside the weights, what a GPU stage takes; the rest
+    is for fragments, and for what was guessed too small."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,8 @@ class StageBytes:
     """Slots of the edge that ends here."""
     activations: int = 0
     """Set aside for a forward pass, at most."""
+    graphs: int = 0
+    """Set aside on a GPU for captured graphs."""
     context: int = 0
 
     @property
@@ -72,8 +79,13 @@ class StageBytes:
 
     @property
     def allocated(self) -> int:
-        """Tensors that stay for the whole run: all but activations and context."""
-        return self.total - self.activations - self.context
+        """Tensors that stay for the whole run: all but what is set aside, and the context."""
+        return self.total - self.reserved - self.context
+
+    @property
+    def reserved(self) -> int:
+        """Set aside for what comes and goes, or comes later."""
+        return self.activations + self.graphs
 
     @property
     def total(self) -> int:
@@ -112,6 +124,7 @@ def stage_bytes(
         activations=activation_bytes(
             cfg, settings.max_tokens_per_plan, settings.max_sequences if is_last else 0
         ),
+        graphs=0 if is_cpu else CUDA_GRAPH_BYTES,
         context=context_bytes,
     )
 
@@ -145,12 +158,15 @@ def block_bytes(cfg: ModelConfig, num_layers: int, settings: StageSettings) -> i
     return settings.block_size * per_token
 
 
-def kv_budget_bytes(free_bytes: int, activation_bytes: int) -> int:
+def kv_budget_bytes(free_bytes: int, reserved_bytes: int, memory_share: float) -> int:
     """What a GPU stage takes for its KV cache; negative where even activations do not fit.
 
-    ``free_bytes`` is what is free beside the context and what was loaded (``StageBytes.loaded``).
+    Args:
+        free_bytes: what is free beside the context and what was loaded (``StageBytes.loaded``).
+        reserved_bytes: ``StageBytes.reserved``.
+        memory_share: ``cache.memory_share``.
     """
-    return int(KV_SHARE_OF_FREE * free_bytes) - activation_bytes
+    return int(memory_share * free_bytes) - reserved_bytes
 
 
 def _table_bytes(settings: StageSettings, *, is_first: bool) -> int:

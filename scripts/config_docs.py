@@ -74,6 +74,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
         return ", ".join(f"`{option}`" for option in ast.literal_eval(kind[len("Literal") :]))
     names = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}
     names |= {"Any": "see meaning", "dict[str, Any]": "map", "list[str]": "list of text"}
+    names |= {"list[int]": "list of whole numbers"}
     is_optional = kind.endswith(" | None")
     kind = kind.removesuffix(" | None")
     return names[kind] + (" or null" if is_optional else "")

@@ -124,6 +124,12 @@ class PagedModel:
             cu_seqlens_q=cumulative.int().to(self.device),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=self.device),
             block_tables=block_tables.to(self.device),
+            table_rows=None,
+            decode_lens=torch.tensor(
+                [context if n == 1 else 0 for n, context in zip(lens, contexts, strict=True)],
+                dtype=torch.int32,
+                device=self.device,
+            ),
             decode_slots=torch.empty(0, dtype=torch.int64),
             num_decode_rows=next((i for i, n in enumerate(lens) if n != 1), len(lens)),
             max_query_len=max(lens),

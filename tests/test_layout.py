@@ -163,8 +163,12 @@ def test_kv_blocks_are_what_is_left() -> None:
     left = 4 * GIB - held.context - held.loaded
     block_bytes = 16 * 2 * 5 * 2 * 64 * 2  # tokens, keys and values, layers, heads, d, bytes
     assert layout.block_bytes(5) == block_bytes
-    blocks = (int(0.9 * left) - held.activations) // block_bytes
+    assert held.reserved == held.activations + 512 * MIB
+    blocks = (int(0.9 * left) - held.reserved) // block_bytes
     assert layout.num_kv_tokens(0, 5) == 16 * blocks
+    half = dataclasses.replace(SETTINGS, memory_share=0.5)
+    blocks = (int(0.5 * left) - held.reserved) // block_bytes
+    assert Layout(CFG, half, [[device()] * 2]).num_kv_tokens(0, 5) == 16 * blocks
     given = dataclasses.replace(SETTINGS, kv_memory_bytes=10 * block_bytes + 1)
     assert Layout(CFG, given, [[device()] * 2]).num_kv_tokens(0, 5) == 160
 
@@ -221,13 +225,13 @@ def test_a_scheduler_is_given_no_times_that_are_only_guessed() -> None:
 
 
 def test_says_by_how_much_it_does_not_fit() -> None:
-    layout = Layout(CFG, SETTINGS, [[device(), device(CUDA_CONTEXT_BYTES + 38 * MIB)]])
+    layout = Layout(CFG, SETTINGS, [[device(), device(CUDA_CONTEXT_BYTES + 607 * MIB)]])
     with pytest.raises(CapacityError) as error:
         counts_of(layout, split=[1, 6])
     lacking = layout.lacking_bytes(1, 6, NUM_KV_TOKENS)
     text = str(error.value)
     assert f"stage 1 of 2 lacks {lacking / GIB:.2f} GiB on card at 1" in text
-    assert f"which has {(CUDA_CONTEXT_BYTES + 38 * MIB) / GIB:.2f}" in text
+    assert f"which has {(CUDA_CONTEXT_BYTES + 607 * MIB) / GIB:.2f}" in text
     assert "KV cache of 256 tokens" in text
     assert error.value.exit_code == 3
     assert counts_of(layout, split=[7, 0]) == [7, 0]
@@ -250,3 +254,12 @@ def test_a_given_split_is_taken_though_another_is_faster() -> None:
     layout = Layout(CFG, SETTINGS, [[device()] * 2])
     assert counts_of(layout, split="equal") == [4, 3]
     assert counts_of(layout, split=[1, 6]) == [1, 6]
+
+
+def test_a_kv_cache_that_was_asked_for_and_does_not_fit_is_named() -> None:
+    given = dataclasses.replace(SETTINGS, kv_memory_bytes=9 * GIB)
+    with pytest.raises(
+        CapacityError, match=r"lacks [56]\.\d\d GiB .*KV cache 9\.00 GiB: lower "
+    ) as error:
+        counts_of(Layout(CFG, given, [[device()]]))
+    assert "lower cache.memory_gib, or raise pipeline.stages" in str(error.value)

@@ -203,14 +203,16 @@ def test_a_tied_head_is_held_once_where_the_embedding_is() -> None:
 def test_kinds_add_up() -> None:
     held = StageBytes(
         layers=1, embedding=2, lm_head=4, kv=8, rope=16, tables=32, rings=64, activations=128,
-        context=256,
+        graphs=256, context=512,
     )  # fmt: skip
-    assert (held.weights, held.loaded, held.allocated, held.total) == (7, 23, 127, 511)
+    assert (held.weights, held.loaded, held.allocated, held.total) == (7, 23, 127, 1023)
+    assert held.reserved == 128 + 256
 
 
-def test_the_kv_budget_leaves_a_tenth_and_room_for_activations() -> None:
-    assert memory_model.kv_budget_bytes(1000, 100) == 800
-    assert memory_model.kv_budget_bytes(100, 100) < 0
+def test_the_kv_budget_leaves_a_share_and_room_for_what_is_reserved() -> None:
+    assert memory_model.kv_budget_bytes(1000, 100, 0.9) == 800
+    assert memory_model.kv_budget_bytes(1000, 100, 0.5) == 400
+    assert memory_model.kv_budget_bytes(100, 100, 0.9) < 0
 
 
 @pytest.mark.multiproc

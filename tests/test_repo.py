@@ -32,6 +32,7 @@ OWNERS = {
     "huggingface_hub": {"checkpoint.py"},
     "cuda": {"kernels/build.py", "kernels/launch.py"},
     "PIL": {"coordinator/drawing.py"},
+    "transformers": {"stage/transformers_run.py"},
 }
 TORCH_ROOMS = ("kernels/", "stage/", "checkpoint.py")
 # The environment is read in one place; the launcher hands a secret to the process it starts.
@@ -101,7 +102,7 @@ def test_torch_stays_where_devices_are():
 
 
 def test_only_declared_dependencies_are_imported():
-    required = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["picture"]]
+    required = [*PROJECT["dependencies"], *EXTRAS["picture"], *EXTRAS["compare"]]
     declared = {re.split(r"[<>=]", line)[0].lower() for line in required}
     modules = {"pyzmq": "zmq", "hydra-core": "hydra", "huggingface-hub": "huggingface_hub"}
     modules["pillow"] = "PIL"

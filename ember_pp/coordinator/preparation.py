@@ -202,6 +202,7 @@ def stage_settings(config: Config, max_model_len: int, max_in_flight: int) -> St
         max_in_flight=max_in_flight,
         max_model_len=max_model_len,
         kv_memory_bytes=None if memory_gib is None else int(memory_gib * _GIB),
+        memory_share=config.cache.memory_share,
     )
 
 

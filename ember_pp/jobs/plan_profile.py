@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ember_pp import __version__
 from ember_pp.config import Config
-from ember_pp.coordinator.launcher import child_environment
 from ember_pp.coordinator.preparation import choose_cpu_threads
 from ember_pp.cost_model import Profile, profile_path
 from ember_pp.devices import DeviceSpec, machine_devices
-from ember_pp.errors import ConfigError, EmberError
+from ember_pp.errors import ConfigError
+from ember_pp.jobs.child import run_child
 from ember_pp.model_config import ModelConfig
 
 
@@ -49,24 +47,13 @@ def _measure(config: Config, cfg: ModelConfig, device: DeviceSpec, num_threads: 
         "num_threads": num_threads,
         "version": __version__,
     }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "ember_pp.stage.measure"],
-            input=json.dumps(wanted),
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment(),
-            timeout=config.coordinator.start_timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EmberError(
-            f"profile: measuring {device.name} took more than coordinator.start_timeout_s="
-            f"{config.coordinator.start_timeout_s:g}"
-        ) from None
-    if done.returncode != 0:
-        raise EmberError(f"profile: measuring {device.name} ended with status {done.returncode}")
-    return Profile.from_plain(json.loads(done.stdout.splitlines()[-1]))
+    measured = run_child(
+        "ember_pp.stage.measure",
+        wanted,
+        timeout_s=config.coordinator.start_timeout_s,
+        what=f"profile: measuring {device.name}",
+    )
+    return Profile.from_plain(measured)
 
 
 def _torch_name(device: DeviceSpec) -> str:

@@ -20,6 +20,7 @@ _KINDS = (
     ("lm_head", "lm_head"),
     ("KV", "kv"),
     ("activations", "activations"),
+    ("graphs", "graphs"),
     ("rings", "rings"),
     ("tables", "tables"),
     ("rope", "rope"),

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from ember_pp.kernels import reference
+from ember_pp.kernels.device_sampling import DeviceSampling
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_attention import PagedAttention
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.skinny_linear import SkinnyLinear
+from ember_pp.kernels.slot_params import SlotParams
+from ember_pp.kernels.step_state import PlanWords, StepState
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "float"}
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
@@ -30,6 +34,9 @@ _RMS_NORM_PACKS = 8
 """Most packs of a thread."""
 _SWIGLU_THREADS = 256
 _ROPE_THREADS = 128
+_BEGIN_THREADS, _END_THREADS = 1024, 256
+_BEGIN_STEP = "Pq7i0P13P3i0P"
+"""The structures ``PlanWords`` and ``StepState`` of ``step.cuh``."""
 
 
 class CudaOps:
@@ -47,6 +54,8 @@ class CudaOps:
         self._device = torch.device("cuda", device.index or 0)
         self._kernels = KernelSet(self._device, cache)
         self._attention = PagedAttention(self._kernels)
+        self._skinny = SkinnyLinear(self._kernels)
+        self._sampling = DeviceSampling(self._kernels)
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """A copy of rows, in the widest words that they and their addresses are multiples of."""
@@ -66,8 +75,55 @@ class CudaOps:
         return output
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """cuBLAS, through torch."""
-        return reference.linear(input, weight, bias)
+        """Few rows: ``skinny_linear``. Many: cuBLAS, through torch."""
+        plan = self._skinny.plan(input, weight)
+        if plan is None:
+            return reference.linear(input, weight, bias)
+        return self._skinny.multiply(plan, input, weight, bias)[0]
+
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Few rows: ``skinny_linear``, in which each thread block norms all of them."""
+        plan = self._skinny.plan(input, weight, is_normed=True)
+        if plan is None:
+            normed, total = self._normed(input, residual, norm_weight, eps)
+            return self.linear(normed, weight, bias), total
+        norm = norm_weight, eps
+        return self._skinny.multiply(plan, input, weight, bias, residual=residual, norm=norm)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As ``add_rms_norm_linear``; a thread block has gate and up of the same outputs."""
+        plan = self._skinny.plan(input, weight, is_normed=True, is_gated=True)
+        if plan is not None:
+            norm = norm_weight, eps
+            arguments = plan, input, weight
+            return self._skinny.multiply(*arguments, residual=residual, norm=norm, is_gated=True)
+        normed, total = self._normed(input, residual, norm_weight, eps)
+        plan = self._skinny.plan(normed, weight, is_gated=True)
+        if plan is None:
+            return self.swiglu(self.linear(normed, weight)), total
+        return self._skinny.multiply(plan, normed, weight, is_gated=True)[0], total
+
+    def _normed(
+        self, input: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.rms_norm(input, weight, eps), input
+        return self.add_rms_norm(input, residual, weight, eps)
 
     def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
         """One thread block per token."""
@@ -210,6 +266,50 @@ class CudaOps:
         if num_tokens:
             grid = (num_tokens, -(-width // (_SWIGLU_THREADS * pack)))
             kernel.launch(grid, _SWIGLU_THREADS, (gate_up.data_ptr(), output.data_ptr(), width))
+        return output
+
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``DeviceSampling``."""
+        return self._sampling.sample_tokens(logits, slots, positions, params)
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``DeviceSampling``."""
+        return self._sampling.top_logprobs(logits, token_ids, num_top)
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
+        """One thread block; nothing overlaps with it."""
+        kernel = self._kernels.get("step.cuh", "begin_step_kernel", _BEGIN_STEP, overlaps=False)
+        arguments = (
+            plan.words.data_ptr(),
+            plan.mark,
+            *plan[1:8],
+            *state.pointers,
+            state.block_table.shape[1],
+            state.max_rows,
+            state.block_size,
+        )
+        kernel.launch((1, 1), _BEGIN_THREADS, arguments)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+        """One thread block."""
+        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPPPii")
+        output = torch.empty_like(drawn, dtype=torch.int32)
+        last_tokens = state.last_tokens if state.keeps_drawn else None
+        arguments = (
+            drawn.contiguous().data_ptr(),
+            slots.contiguous().data_ptr(),
+            0 if last_tokens is None else last_tokens.data_ptr(),
+            output.data_ptr(),
+            state.turn_and_mark.data_ptr(),
+            state.results.data_ptr(),
+            len(drawn),
+            state.results.shape[1],
+        )
+        kernel.launch((1, 1), _END_THREADS, arguments)
         return output
 
 

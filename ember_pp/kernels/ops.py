@@ -22,6 +22,11 @@ from ember_pp.errors import ConfigError, KernelArgumentError, KernelBuildError
 from ember_pp.kernels import reference
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
+from ember_pp.kernels.step_state import PlanWords, StepState
+
+MAX_TOP_LOGPROBS = 20
+"""Most tokens that ``Ops.top_logprobs`` ranks."""
 
 _logger = logging.getLogger(__name__)
 
@@ -68,6 +73,27 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """See ``Ops.add_rms_norm``."""
 
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_linear``."""
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Ops.add_rms_norm_gate_up``."""
+
     def qk_norm_rope_store_kv(
         self,
         qkv: Tensor,
@@ -97,12 +123,33 @@ class Backend(Protocol):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
 
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """See ``Ops.sample_tokens``."""
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Ops.top_logprobs``."""
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
+        """See ``Ops.begin_step``."""
+
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+        """See ``Ops.end_step``."""
+
 
 class Ops:
     """The operations of the model on one device; arguments are checked by name."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+
+    @property
+    def is_reference(self) -> bool:
+        """True where plain torch computes them, which on a GPU may launch much per call."""
+        return self._backend is reference
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Look up the rows of a batch of tokens: ``weight[token_ids]``.
@@ -180,6 +227,71 @@ class Ops:
         _check("residual", residual, input.shape, input.dtype, input.device)
         _check("weight", weight, (input.shape[1],), input.dtype, input.device)
         return self._backend.add_rms_norm(input, residual, weight, eps)
+
+    def add_rms_norm_linear(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project: ``(linear(rms_norm(total)), total)``.
+
+        ``total = input + residual``, or ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]  model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [O, D]
+            bias:                    [O]     or None
+            returns:                 [T, O] and total
+
+        Numerics: ``total`` and the norm are rounded as by ``add_rms_norm``, the product as by
+        ``linear``; sums of squares and products may be taken in another order.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        if bias is not None:
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+        return self._backend.add_rms_norm_linear(input, residual, norm_weight, eps, weight, bias)
+
+    def add_rms_norm_gate_up(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the residual, normalise, project, activate.
+
+        ``(swiglu(linear(rms_norm(total))), total)`` with ``total = input + residual``, or
+        ``input`` itself where there is no residual.
+
+        Shapes:
+            input, residual, total:  [T, D]   model dtype; residual may be None
+            norm_weight:             [D]
+            weight:                  [2I, D]  rows of gate, then of up
+            returns:                 [T, I] and total
+
+        Numerics: as ``add_rms_norm_linear``, then as ``swiglu``: gate and up are rounded first.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        num_rows = weight.shape[0]
+        if num_rows % 2:
+            raise KernelArgumentError(f"weight: expected [2I, D], got {list(weight.shape)}")
+        _check("weight", weight, (num_rows, input.shape[1]), input.dtype, input.device)
+        return self._backend.add_rms_norm_gate_up(input, residual, norm_weight, eps, weight)
 
     def qk_norm_rope_store_kv(
         self,
@@ -324,6 +436,119 @@ class Ops:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
 
+    def sample_tokens(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams
+    ) -> Tensor:
+        """Draw one token per row by its slot's settings: steps 4 to 8 of ``docs/sampling.md``.
+
+        Temperature 0 takes the largest logit, ties to the lowest id. Else the token with the
+        largest ``logit / temperature + noise`` of those that top_k, top_p and min_p leave; the
+        noise is a function of the slot's seed, the position and the token id.
+
+        Shapes (N rows that sample):
+            logits:     [N, V]   bf16 or fp32
+            slots:      [N]      int32 index into ``params``; -1: a row of padding, of which
+                                 nothing is read and whose token is any
+            positions:  [N]      int64 index in its sequence of the token to be drawn
+            params:     on the device of ``logits``
+            returns:    [N]      int64 token ids; ``sampling.NO_TOKEN`` where the largest logit
+                                 is NaN or infinite
+
+        Numerics: as ``sampling.draw_truncated_tokens`` on the logits in fp32. A row's token does
+        not depend on the other rows. Implementations differ by the last bits of scores and of
+        sums of probabilities: so a draw may differ where two of them nearly tie.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+
+        Source: Gumbel-max; Philox of Salmon et al., SC 2011.
+        """
+        _check_logits(logits)
+        num_rows = logits.shape[:1]
+        _check("slots", slots, num_rows, torch.int32, logits.device)
+        _check("positions", positions, num_rows, torch.int64, logits.device)
+        table = params.table
+        _check("params", table, table.shape, torch.int64, logits.device)
+        return self._backend.sample_tokens(logits, slots, positions, params)
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the drawn and of the most likely tokens, of ``softmax(logits)``.
+
+        Shapes (N rows, n = ``min(num_top, V)``):
+            logits:     [N, V]   bf16 or fp32
+            token_ids:  [N]      int64 the drawn tokens; a negative one counts as 0
+            num_top:    0 to 20
+            returns:    [N] fp32, of the drawn tokens; [N, n] int64 and [N, n] fp32, ids and
+                        log-probabilities of the most likely, ties to the lowest id
+
+        Numerics: in fp32. Rows with NaN or infinite logits hold anything.
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above, or ``num_top``.
+        """
+        _check_logits(logits)
+        _check("token_ids", token_ids, logits.shape[:1], torch.int64, logits.device)
+        if not 0 <= num_top <= MAX_TOP_LOGPROBS:
+            raise KernelArgumentError(f"num_top: expected 0 to {MAX_TOP_LOGPROBS}, got {num_top}")
+        return self._backend.top_logprobs(logits, token_ids, num_top)
+
+    def begin_step(self, plan: PlanWords, state: StepState) -> None:
+        """Take in what a plan changes and expand its rows to the inputs of its step, in place.
+
+        Writes all of ``state`` that belongs to a step, padding included: tokens up to
+        ``plan.padded_tokens``, everything else to its end. The token of a decode row is that of
+        ``state.last_tokens``, or 0 where there is none.
+
+        Raises:
+            KernelArgumentError: the plan has more rows or tokens than ``state`` has room for, or
+                too few words.
+        """
+        for name, number, limit in (
+            ("num_rows", plan.num_rows, state.max_rows),
+            ("num_decodes", plan.num_decodes, plan.num_rows),
+            ("padded_tokens", plan.padded_tokens, len(state.token_ids)),
+            ("num_tokens", plan.num_tokens, plan.padded_tokens),
+            ("words", plan.num_words, len(plan.words)),
+            ("turn", plan.turn + 1, len(state.results)),
+        ):
+            if number > limit:
+                raise KernelArgumentError(f"{name}: expected at most {limit}, got {number}")
+        self._backend.begin_step(plan, state)
+
+    def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+        """Bring what was drawn to the host, and to the next step.
+
+        ``state.results[turn, 2:]`` becomes ``drawn``, then the mark of the plan is written before
+        it. Where ``state.keeps_drawn``, ``last_tokens[slots[n]] = max(drawn[n], 0)``.
+
+        Shapes:
+            drawn:    [N] int64   negative where nothing could be drawn; N may be 0
+            slots:    [N] int32   negative: a row of padding; otherwise distinct
+            returns:  [N] int32   ``drawn``
+
+        Raises:
+            KernelArgumentError: a shape, dtype or device differs from the above.
+        """
+        device = state.slots.device
+        _check_dims("drawn", drawn, 1)
+        _check("drawn", drawn, drawn.shape, torch.int64, device)
+        _check("slots", slots, drawn.shape, torch.int32, device)
+        if len(drawn) > state.max_rows:
+            raise KernelArgumentError(
+                f"drawn: expected at most {state.max_rows} rows, got {len(drawn)}"
+            )
+        return self._backend.end_step(drawn, slots, state)
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_dims("logits", logits, 2)
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        raise KernelArgumentError(f"logits: expected bf16 or fp32, got {logits.dtype}")
+    if not logits.shape[1]:
+        raise KernelArgumentError(f"logits: expected [N, V], got {list(logits.shape)}")
+
 
 def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:
     if tensor.dim() != num_dims:
@@ -342,6 +567,13 @@ def _check(
         raise KernelArgumentError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _check_norm(input: Tensor, residual: Tensor | None, norm_weight: Tensor) -> None:
+    _check_dims("input", input, 2)
+    if residual is not None:
+        _check("residual", residual, input.shape, input.dtype, input.device)
+    _check("norm_weight", norm_weight, (input.shape[1],), input.dtype, input.device)
 
 
 def _check_caches(

@@ -17,8 +17,11 @@ import torch.nn.functional as F  # noqa: N812  the field's name for it
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ember_pp.kernels import sampling
 from ember_pp.kernels.paged_rows import PagedRows, RowGroup
 from ember_pp.kernels.rope_rows import RopeRows
+from ember_pp.kernels.slot_params import SlotParams
+from ember_pp.kernels.step_state import PlanWords, StepState
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -44,6 +47,27 @@ def add_rms_norm(
     """``(rms_norm(sum), sum)`` with ``sum = input + residual`` rounded to the dtype first."""
     total = input + residual
     return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_linear(
+    input: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(linear(rms_norm(total)), total)``, ``total = input + residual`` rounded first."""
+    total = input if residual is None else input + residual
+    return linear(rms_norm(total, norm_weight, eps), weight, bias), total
+
+
+def add_rms_norm_gate_up(
+    input: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(swiglu(linear(rms_norm(total))), total)``, ``total = input + residual`` rounded first."""
+    gate_up, total = add_rms_norm_linear(input, residual, norm_weight, eps, weight)
+    return swiglu(gate_up), total
 
 
 def qk_norm_rope_store_kv(
@@ -114,7 +138,7 @@ def _attend(
     query: Tensor, k_slots: Tensor, v_slots: Tensor, group: RowGroup, scale: float
 ) -> Tensor:
     """[R * Q, H, d] -> the same. The G query heads of a KV head ride along without copies of
-    its keys: as more queries where Q is 1, as a batch with stride 0 otherwise."""
+    its keys where Q is 1, as more queries."""
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = k_slots.shape[1]
     gathered = (group.num_rows, group.context_len, num_kv_heads, head_dim)
@@ -147,10 +171,87 @@ def _repeat_heads(heads: Tensor, num_heads: int) -> Tensor:
     if num_kv_heads == num_heads:
         return heads
     repeated = heads[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1, -1)
-    return repeated.reshape(num_rows, num_heads, context_len, head_dim)
+    # A copy where there is one KV head, too: with a mask and heads at a stride of 0, torch 2.11's
+    # memory-efficient attention is wrong at the last query of 65, 129, 193, ...
+    return repeated.reshape(num_rows, num_heads, context_len, head_dim).contiguous()
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of ``gate_up``; silu is rounded first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def sample_tokens(logits: Tensor, slots: Tensor, positions: Tensor, params: SlotParams) -> Tensor:
+    """``sampling.argmax_tokens`` and ``draw_truncated_tokens`` on fp32 logits; all rows by both,
+    since which of them a row needs is not known to the host."""
+    logits, index = logits.float(), slots.long().clamp(min=0)
+    temperature = params.temperature[index]
+    is_greedy = temperature == 0
+    drawn = sampling.draw_truncated_tokens(
+        logits,
+        torch.where(is_greedy, 1.0, temperature),
+        params.top_k[index].long().clamp(max=logits.shape[1]),
+        params.top_p[index],
+        params.min_p[index],
+        params.seed[index],
+        positions,
+    )
+    return torch.where(is_greedy, sampling.argmax_tokens(logits), drawn)
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``sampling.top_logprobs``, by ``log_softmax`` and a sort."""
+    return sampling.top_logprobs(logits.float(), token_ids, num_top)
+
+
+def begin_step(plan: PlanWords, state: StepState) -> None:
+    """A loop over the rows of the plan."""
+    words = plan.words.tolist()
+    blocks_at, ids_at = 4 * plan.num_rows, 4 * plan.num_rows + 3 * plan.num_new_blocks
+    for i in range(plan.num_new_blocks):
+        slot, column, block = words[blocks_at + 3 * i : blocks_at + 3 * i + 3]
+        state.block_table[slot, column] = block
+    state.turn_and_mark[0], state.turn_and_mark[1] = plan.turn, plan.mark
+    for tensor in state.expanded[3:10]:
+        tensor.zero_()
+    state.slot_mapping[: plan.padded_tokens] = -1
+    state.sample_slots[:] = -1
+    for tensor in (state.token_ids, state.positions):
+        tensor[: plan.padded_tokens] = 0
+    begin, num_samples = 0, 0
+    for row in range(plan.num_rows):
+        slot, start, length, samples = words[4 * row : 4 * row + 4]
+        is_decode = row < plan.num_decodes
+        start += plan.decode_offset if is_decode else 0
+        end = begin + length
+        state.slots[row] = slot
+        state.context_lens[row] = start + length
+        state.decode_lens[row] = start + 1 if length == 1 else 0
+        state.cu_seqlens_q[row + 1 :] = end
+        if samples:
+            state.sample_rows[num_samples] = end - 1
+            state.sample_slots[num_samples] = slot
+            state.sample_positions[num_samples] = start + length
+            num_samples += 1
+        positions = torch.arange(start, start + length, device=state.positions.device)
+        blocks = state.block_table[slot].index_select(0, positions // state.block_size)
+        state.positions[begin:end] = positions
+        state.slot_mapping[begin:end] = blocks * state.block_size + positions % state.block_size
+        if not is_decode:
+            ids = words[ids_at + begin - plan.num_decodes : ids_at + end - plan.num_decodes]
+            state.token_ids[begin:end] = torch.tensor(ids, device=state.token_ids.device)
+        elif state.last_tokens is not None:
+            state.token_ids[begin] = state.last_tokens[slot]
+        begin = end
+
+
+def end_step(drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
+    """``results[turn, 2:] = drawn``; ``last_tokens[slots[n]] = max(drawn[n], 0)``."""
+    if state.keeps_drawn and state.last_tokens is not None:
+        is_row = slots >= 0
+        state.last_tokens[slots[is_row].long()] = drawn[is_row].clamp(min=0)
+    turn, mark = state.turn_and_mark.tolist()
+    state.results[turn, 2 : 2 + len(drawn)] = drawn.to(torch.int32)
+    state.results[turn, :2].view(torch.int64)[0] = mark
+    return drawn.to(torch.int32)

@@ -303,6 +303,8 @@ def _total_weights(
 
 
 def _rank_widths(top_k: Tensor, vocab_size: int) -> list[int]:
+    if not len(top_k):
+        return []
     wanted = torch.where(top_k == 0, _RANK_WITHOUT_TOP_K, top_k + _RANK_SLACK)
     widths = {min(int(wanted.max()), _RANK_MORE), _RANK_MORE}
     return sorted(width for width in widths if width * 4 <= vocab_size)

@@ -1,4 +1,5 @@
-"""Memory of the machine a stage runs on, and how many KV blocks fit into it. Torch-free."""
+"""Memory of the machine a stage runs on: how many KV blocks fit into it, and what to lower where
+something does not. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ember_pp.config import Config
 from ember_pp.devices import cpu_name
+from ember_pp.layout import gib
 from ember_pp.memory_model import kv_budget_bytes
 
 _GIB = 1024**3
@@ -57,23 +60,57 @@ def num_cuda_blocks(
     block_bytes: int,
     *,
     memory_gib: float | None,
+    memory_share: float,
     free_bytes: int,
     total_bytes: int,
     weight_bytes: int,
-    activation_bytes: int,
+    reserved_bytes: int,
     num_stages_on_device: int,
 ) -> int:
-    """KV blocks of a CUDA stage: what the setting says, else 90% of what is free beside weights.
+    """KV blocks of a CUDA stage: what the setting says, else a share of what is free.
 
     ``free_bytes`` is measured with this stage's weights loaded. Stages that share a device may
     not have loaded theirs yet, so each takes no more than its part of the whole card.
+
+    Args:
+        block_bytes: bytes of one block on this stage; 0: any number.
+        memory_gib: ``cache.memory_gib``; None: by ``memory_share``.
+        memory_share: ``cache.memory_share``.
+        free_bytes: of the device, now.
+        total_bytes: of the device.
+        weight_bytes: of this stage.
+        reserved_bytes: for activations and graphs, out of the share.
+        num_stages_on_device: this one among them.
     """
     if block_bytes == 0:
         return _ANY_NUMBER
     if memory_gib is not None:
         return int(memory_gib * _GIB) // block_bytes
     part = total_bytes // num_stages_on_device - weight_bytes
-    return max(0, kv_budget_bytes(min(free_bytes, part), activation_bytes)) // block_bytes
+    budget = kv_budget_bytes(min(free_bytes, part), reserved_bytes, memory_share)
+    return max(0, budget) // block_bytes
+
+
+def loading_advice(num_layers: int, weight_bytes: int, device: str) -> str:
+    """What to do where the weights of a stage do not fit; the end of a sentence."""
+    return (
+        f" while loading: {num_layers} layers and what belongs to them are {gib(weight_bytes)} of "
+        f"weights on {device}; raise pipeline.stages, or use other devices (pipeline.devices)"
+    )
+
+
+def step_advice(
+    config: Config, plan: int, weight_bytes: int, kv_bytes: int, activation_bytes: int
+) -> str:
+    """What to lower where a plan does not fit beside what is there; the end of a sentence."""
+    cache = config.cache
+    share = f"cache.memory_share={cache.memory_share:g}, or set cache.memory_gib"
+    kv = share if cache.memory_gib is None else f"cache.memory_gib={cache.memory_gib:g}"
+    return (
+        f" in plan {plan}: beside {gib(weight_bytes)} of weights and {gib(kv_bytes)} of KV cache, "
+        f"{gib(activation_bytes)} were set aside for activations; lower "
+        f"scheduler.max_tokens_per_plan={config.scheduler.max_tokens_per_plan} or {kv}"
+    )
 
 
 def _meminfo() -> dict[str, int]:

@@ -10,13 +10,29 @@ from ember_pp.protocol import StageFailed
 # torch raises plain RuntimeErrors for host memory; this is what its allocator writes.
 _HOST_ALLOCATION_FAILED = "can't allocate memory"
 
+_MEMORY_ADVICE = (
+    "; lower cache.memory_gib or scheduler.max_tokens_per_plan, or raise pipeline.stages"
+)
 
-def failure_of(error: BaseException, *, epoch: int, stage_index: int, plan: int) -> StageFailed:
+
+def failure_of(
+    error: BaseException,
+    *,
+    epoch: int,
+    stage_index: int,
+    plan: int,
+    memory_advice: str = _MEMORY_ADVICE,
+) -> StageFailed:
     """``error`` as a message: ours by its fields, any other by type, text and traceback.
 
-    Running out of memory becomes a ``CapacityError`` that names what to lower.
+    Running out of memory becomes a ``CapacityError`` with ``memory_advice``, which says what was
+    being done and what to lower.
     """
-    reported = _capacity_error(error, stage_index) if _is_out_of_memory(error) else error
+    reported = error
+    if _is_out_of_memory(error):
+        reported = CapacityError(
+            f"stage {stage_index} ran out of memory ({_detail_of(error)}){memory_advice}"
+        )
     return StageFailed(
         epoch=epoch,
         stage_index=stage_index,
@@ -37,9 +53,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _capacity_error(error: BaseException, stage_index: int) -> CapacityError:
-    detail = str(error).strip().partition("\n")[0] or type(error).__name__
-    return CapacityError(
-        f"stage {stage_index} ran out of memory ({detail}); lower cache.memory_gib or "
-        "scheduler.max_tokens_per_plan, or raise pipeline.stages"
-    )
+def _detail_of(error: BaseException) -> str:
+    """What was asked for and what was left, without torch's advice on its allocator."""
+    detail = str(error).strip().partition("\n")[0].partition(" Including ")[0]
+    return detail.rstrip(".") or type(error).__name__

@@ -41,9 +41,10 @@ class KVCache:
             return cls(torch.empty(shape, dtype=dtype, device=device))
         except RuntimeError as error:  # torch has no type of its own for the CPU's failure
             num_bytes = dtype.itemsize * torch.Size(shape).numel()
+            detail = str(error).partition("\n")[0].partition(" Including ")[0].rstrip(".")
             raise CapacityError(
                 f"cache.memory_gib: {num_bytes / 2**30:.2f} GiB of KV cache do not fit on "
-                f"{device}: {str(error).partition(chr(10))[0]}"
+                f"{device}: {detail}; lower it, or cache.memory_share where it is not set"
             ) from None
 
     @property

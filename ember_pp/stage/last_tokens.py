@@ -62,26 +62,47 @@ class LastTokens:
         self._max_in_flight = max_in_flight
         self._expected: deque[tuple[int, Tensor]] = deque()
 
+    @property
+    def tokens(self) -> Tensor:
+        """[max_slots] int64 on the device. A captured step reads it and, with a single stage,
+        writes it."""
+        return self._token_ids
+
     def fill(self, execute: Execute, inputs: BatchInputs) -> None:
         """Write the tokens of the decode rows into ``inputs.token_ids``.
 
         Waits for the feedback that they need. Called once for each plan, in order.
+
+        Raises: as ``await_feedback``.
+        """
+        self.await_feedback(execute, inputs.num_decode_rows)
+        if inputs.num_decode_rows:
+            inputs.token_ids[: inputs.num_decode_rows] = self._token_ids[inputs.decode_slots]
+        if len(inputs.sample_slots) == inputs.num_decode_rows:
+            self.expect(execute.plan, inputs.decode_slots)
+        else:
+            self.expect(execute.plan, torch.tensor(inputs.sample_slots, dtype=torch.int64))
+
+    def await_feedback(self, execute: Execute, num_decode_rows: int) -> None:
+        """Take the feedback that a plan's decode rows need, and wait for it.
 
         Raises:
             ProtocolError: the plan needs feedback that cannot have come before it, or the last
                 stage has sent something else than what is due.
             HandoffError: the edge was closed.
         """
-        num_decode_rows = inputs.num_decode_rows
         if num_decode_rows and not 0 <= execute.feedback < execute.plan:
             raise ProtocolError(
                 f"plan {execute.plan}, micro-batch {execute.microbatch}: feedback: plan "
                 f"{execute.feedback} cannot have drawn the inputs of decode rows"
             )
         self._receive(max(execute.feedback, execute.plan - self._max_in_flight))
-        if num_decode_rows:
-            inputs.token_ids[:num_decode_rows] = self._token_ids[inputs.decode_slots]
-        self._expected.append((execute.plan, self._sample_slots(inputs)))
+
+    def expect(self, plan: int, slots: Tensor) -> None:
+        """``put`` will bring the tokens that ``plan`` draws for ``slots``, [N] int64."""
+        if slots.device != self._device:
+            slots = slots.pin_memory().to(self._device, non_blocking=True)
+        self._expected.append((plan, slots))
 
     def put(self, plan: int, token_ids: Tensor) -> None:
         """The tokens that ``plan`` drew, [N] of any integer dtype, in the order of its rows.
@@ -104,8 +125,3 @@ class LastTokens:
             plan, slots = self._expected[0]
             self.put(plan, self._source.receive(plan, len(slots))[:, 0])
             self._source.release(plan)
-
-    def _sample_slots(self, inputs: BatchInputs) -> Tensor:
-        if len(inputs.sample_slots) == inputs.num_decode_rows:
-            return inputs.decode_slots
-        return torch.tensor(inputs.sample_slots, dtype=torch.int64, device=self._device)

@@ -154,6 +154,8 @@ class _Bench:
             cu_seqlens_q=torch.cat((torch.zeros(1), ends)).to(torch.int32).to(device),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
             block_tables=tables.to(device),
+            table_rows=None,
+            decode_lens=None,
             decode_slots=torch.arange(num_rows, device=device),
             num_decode_rows=num_rows,
             max_query_len=max(lens),

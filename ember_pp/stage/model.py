@@ -12,19 +12,54 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ember_pp.kernels import Ops, PagedRows, RopeRows, make_ops
 from ember_pp.model_config import ModelConfig
-from ember_pp.stage.input_batch import BatchInputs
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.rope import rope_table
 from ember_pp.stage.weights import LayerWeights, StageWeights
 
 OnLayer = Callable[[int, Tensor], None]
 """Called after each layer with its index in the model and the hidden states [T, D]."""
+
+
+class StepInputs(Protocol):
+    """What a forward pass reads; of ``input_batch.BatchInputs``, which documents shapes."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def cu_seqlens_q(self) -> Tensor: ...
+    @property
+    def context_lens(self) -> Tensor: ...
+    @property
+    def block_tables(self) -> Tensor: ...
+    @property
+    def table_rows(self) -> Tensor | None: ...
+    @property
+    def decode_lens(self) -> Tensor | None: ...
+    @property
+    def max_query_len(self) -> int: ...
+
+
+class LayerOutput(NamedTuple):
+    """The residual stream after some layers, [T, D] each."""
+
+    residual: Tensor
+    added: Tensor | None
+    """What the last layer adds to it; not yet done, since the next norm can do it on the way."""
+
+    def sum(self) -> Tensor:
+        """The hidden states, [T, D]."""
+        return self.residual if self.added is None else self.residual + self.added
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +106,13 @@ class StageModel:
             table = rope_table(cfg.rope, cfg.head_dim, max_model_len or cfg.context_length)
             self._rope_table = table.to(weights.layers[0].qkv.device)
 
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self._cfg.hidden_size
+
     @torch.inference_mode()
-    def prepare(self, inputs: BatchInputs, kv_cache: KVCache) -> PreparedStep | None:
+    def prepare(self, inputs: StepInputs, kv_cache: KVCache) -> PreparedStep | None:
         """What ``forward`` needs beside hidden states or token ids: for the time before these come.
 
         None of a stage without layers.
@@ -81,6 +121,8 @@ class StageModel:
             return None
         rows = PagedRows(
             block_tables=inputs.block_tables,
+            table_rows=inputs.table_rows,
+            decode_lens=inputs.decode_lens,
             context_lens=inputs.context_lens,
             cu_seqlens_q=inputs.cu_seqlens_q,
             num_tokens=len(inputs.positions),
@@ -96,7 +138,7 @@ class StageModel:
     @torch.inference_mode()
     def forward(
         self,
-        inputs: BatchInputs,
+        inputs: StepInputs,
         hidden_states: Tensor | None,
         kv_cache: KVCache,
         on_layer: OnLayer | None = None,
@@ -116,56 +158,84 @@ class StageModel:
         Returns:
             [T, D] in the model's dtype.
         """
-        if self._weights.embedding is not None:
-            hidden_states = self._ops.embedding(inputs.token_ids, self._weights.embedding)
-        assert hidden_states is not None, "hidden states come from the previous stage"
         prepared = prepared or self.prepare(inputs, kv_cache)
-        if prepared is None:
-            return hidden_states.clone()  # what was received is given back before it is read
-        residual, added = hidden_states, None
+        output = self.layers(inputs.token_ids, hidden_states, kv_cache, prepared, on_layer)
+        # What was received is given back before it is read: it must not be the result itself.
+        return output.residual.clone() if output.added is None else output.sum()
+
+    @torch.inference_mode()
+    def layers(
+        self,
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+        kv_cache: KVCache,
+        prepared: PreparedStep | None,
+        on_layer: OnLayer | None = None,
+    ) -> LayerOutput:
+        """As ``forward``, with the last sum left to whoever reads it; may be what came in."""
+        if self._weights.embedding is not None:
+            hidden_states = self._ops.embedding(token_ids, self._weights.embedding)
+        assert hidden_states is not None, "hidden states come from the previous stage"
+        output = LayerOutput(hidden_states, None)
         for index, layer in enumerate(self._weights.layers):
-            residual, added = self._layer(layer, residual, added, kv_cache.layer(index), prepared)
+            assert prepared is not None, "a stage with layers prepares their step"
+            output = self._layer(layer, output, kv_cache.layer(index), prepared)
             if on_layer is not None:
-                on_layer(self._start_layer + index, residual + added)
-        assert added is not None, "a stage has a layer"
-        return residual + added
+                on_layer(self._start_layer + index, output.sum())
+        return output
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
         """[N, V] fp32 logits of hidden states [N, D]; on the last stage."""
-        weights = self._weights
+        return self.head(LayerOutput(hidden_states, None)).float()
+
+    @torch.inference_mode()
+    def head(self, output: LayerOutput) -> Tensor:
+        """[N, V] logits in the model's dtype of the rows that sample; on the last stage."""
+        weights, eps = self._weights, self._cfg.rms_norm_eps
         assert weights.final_norm is not None, "not the last stage"
         assert weights.lm_head is not None, "not the last stage"
-        normed = self._ops.rms_norm(hidden_states, weights.final_norm, self._cfg.rms_norm_eps)
-        return self._ops.linear(normed, weights.lm_head).float()
+        logits, _ = self._ops.add_rms_norm_linear(
+            *_with_residual(output), weights.final_norm, eps, weights.lm_head
+        )
+        return logits
 
     def _layer(
         self,
         layer: LayerWeights,
-        residual: Tensor,
-        added: Tensor | None,
+        output: LayerOutput,
         caches: tuple[Tensor, Tensor],
         step: PreparedStep,
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream and what is still to be added to it, [T, D] each, after one layer
-        and before it; the norm that reads the sum makes it, in one pass."""
+    ) -> LayerOutput:
+        """One layer; the norm that reads a sum makes it, in one pass."""
         ops, eps = self._ops, self._cfg.rms_norm_eps
-        if added is None:
-            normed = ops.rms_norm(residual, layer.input_norm, eps)
+        qkv, residual = ops.add_rms_norm_linear(
+            *_with_residual(output), layer.input_norm, eps, layer.qkv, layer.qkv_bias
+        )
+        attended = self._attention(layer, qkv, caches, step)
+        if layer.gate_up_bias is None:
+            activated, residual = ops.add_rms_norm_gate_up(
+                attended, residual, layer.post_attention_norm, eps, layer.gate_up
+            )
         else:
-            normed, residual = ops.add_rms_norm(added, residual, layer.input_norm, eps)
-        attended = self._attention(layer, normed, caches, step)
-        normed, residual = ops.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-        gate_up = ops.linear(normed, layer.gate_up, layer.gate_up_bias)
-        return residual, ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
+            gate_up, residual = ops.add_rms_norm_linear(
+                attended,
+                residual,
+                layer.post_attention_norm,
+                eps,
+                layer.gate_up,
+                layer.gate_up_bias,
+            )
+            activated = ops.swiglu(gate_up)
+        return LayerOutput(residual, ops.linear(activated, layer.down, layer.down_bias))
 
     def _attention(
-        self, layer: LayerWeights, normed: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
+        self, layer: LayerWeights, qkv: Tensor, caches: tuple[Tensor, Tensor], step: PreparedStep
     ) -> Tensor:
-        """[T, D] -> [T, D], the residual not yet added."""
+        """[T, (H + 2K) * d] -> [T, D], the residual not yet added."""
         cfg, ops = self._cfg, self._ops
         query = ops.qk_norm_rope_store_kv(
-            ops.linear(normed, layer.qkv, layer.qkv_bias),
+            qkv,
             None,
             layer.qk_norm,
             step.rope,
@@ -177,3 +247,10 @@ class StageModel:
         )
         attended = ops.paged_attention(query, *caches, step.rows, scale=self._scale)  # [T, H, d]
         return ops.linear(attended.flatten(1), layer.output, layer.output_bias)
+
+
+def _with_residual(output: LayerOutput) -> tuple[Tensor, Tensor | None]:
+    """As operations take a sum: what is added, and the residual if there are two."""
+    if output.added is None:
+        return output.residual, None
+    return output.added, output.residual

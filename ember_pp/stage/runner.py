@@ -5,23 +5,27 @@ the input; wait for the hidden states of the previous stage (on the first: for t
 decode rows); run the layers; then hand the result to the next stage, or draw tokens on the last
 one, which sends them to the first. What comes after that (giving the ring slot back, telling the
 coordinator) delays nobody. The ends of the edges count their waits themselves (``timing.py``).
+
+``StageRunner`` computes tensor by tensor, as torch does: on CPUs, and where a model has no
+kernels. ``captured_runner.py`` enqueues whole steps without waiting for the device.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ember_pp import checkpoint
 from ember_pp.protocol import Execute, Sampled, pack_i32
 from ember_pp.stage.input_batch import BatchInputs, SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import PreparedStep, StageModel
 from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.tap import Tap
 
 
 class HiddenStatesSource(Protocol):
@@ -39,6 +43,16 @@ class HiddenStatesSink(Protocol):
 
     def send(self, plan: int, hidden_states: Tensor) -> None:
         """Hand on [T, D]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartedPlan:
+    """A plan that is enqueued; the device may still be at it."""
+
+    is_done: Callable[[], bool]
+    """Whether ``finish`` would not wait."""
+    finish: Callable[[], Sampled | None]
+    """On the last stage, the tokens that it drew; None on the others."""
 
 
 class StageRunner:
@@ -83,6 +97,14 @@ class StageRunner:
         self._last_tokens = last_tokens
         self._feedback = feedback
 
+    def warm_up(self) -> None:
+        """Nothing to do before the first plan."""
+
+    def start(self, execute: Execute) -> StartedPlan:
+        """As ``run``: the plan is done when this returns."""
+        sampled = self.run(execute)
+        return StartedPlan(lambda: True, lambda: sampled)
+
     @torch.inference_mode()
     def run(self, execute: Execute) -> Sampled | None:
         """Execute one plan; on the last stage, the tokens that it drew.
@@ -98,7 +120,7 @@ class StageRunner:
         prepared = self._model.prepare(inputs, self._kv_cache)
         if self._last_tokens is not None:
             self._last_tokens.fill(execute, inputs)
-        tap = None if execute.tap is None else _Tap(execute.tap, execute.plan, self._stage_index)
+        tap = Tap.of(execute, self._stage_index)
         hidden_states = self._forward(execute, inputs, prepared, tap)
         sampled = None
         if self._sampler is not None:
@@ -112,7 +134,7 @@ class StageRunner:
         execute: Execute,
         inputs: BatchInputs,
         prepared: PreparedStep | None,
-        tap: _Tap | None,
+        tap: Tap | None,
     ) -> Tensor:
         """Layers of this stage, [T, D]; handed on to the next stage unless this is the last."""
         received = None
@@ -140,7 +162,7 @@ class StageRunner:
         execute: Execute,
         inputs: BatchInputs,
         hidden_states: Tensor,
-        tap: _Tap | None,
+        tap: Tap | None,
     ) -> Sampled:
         if not inputs.sample_slots:
             self._feed_back(execute.plan, inputs.token_ids[:0])
@@ -164,24 +186,3 @@ class StageRunner:
             self._feedback.send(plan, token_ids.clamp(min=0).to(torch.int32)[:, None])
         elif self._last_tokens is not None:
             self._last_tokens.put(plan, token_ids.clamp(min=0))
-
-
-class _Tap:
-    """Copies of what a plan computes on this stage, for one safetensors file.
-
-    Names: ``input`` (all but the first stage), ``layer.<i>`` after each layer, ``logits`` and
-    ``token_ids`` of the rows that sample (last stage).
-    """
-
-    def __init__(self, folder: str, plan: int, stage_index: int) -> None:
-        self._path = Path(folder) / f"plan-{plan}.stage-{stage_index}.safetensors"
-        self._tensors: dict[str, Tensor] = {}
-
-    def keep(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.clone()  # layers may go on in place
-
-    def keep_layer(self, layer_index: int, hidden_states: Tensor) -> None:
-        self.keep(f"layer.{layer_index}", hidden_states)
-
-    def write(self) -> None:
-        checkpoint.save_tensors(self._path, self._tensors)

@@ -4,6 +4,11 @@ The maths is in ``ember_pp.kernels.sampling``; here it is decided which rows nee
 row draws depends on its logits, its slot's parameters, its history, its seed and its position:
 never on the other rows, the slot number or the number of stages.
 
+With CUDA kernels the settings of the draw are in a table on the device, and rows of any settings
+are drawn by one kernel, which a captured step can hold. Without, rows are sorted by what they
+need, each kind with its own functions. What changes logits (bias, ``min_tokens``, penalties) works
+on a copy of the rows that it changes.
+
 Legend: N rows that sample, V vocabulary, M entries of a sparse list.
 """
 
@@ -17,7 +22,8 @@ from torch import Tensor
 
 from ember_pp import protocol
 from ember_pp.errors import ProtocolError
-from ember_pp.kernels import sampling
+from ember_pp.kernels import Ops, sampling
+from ember_pp.kernels.slot_params import DrawSettings, SlotParams
 from ember_pp.sampling_params import SamplingParams
 
 _MAX_CACHED_BATCHES = 32  # one per micro-batch roster, and some with prefills beside it
@@ -77,11 +83,23 @@ class SampledTokens:
 class _SlotState:
     """What a slot's sequence asks for, and the prompt tokens that a penalty counts."""
 
+    slot: int
     params: SamplingParams
     seed: int
     num_prompt_tokens: int
     prompt_ids: Tensor | None  # [P] int64, each id once
     forbidden_ids: tuple[int, ...]  # until min_tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """True where the settings of the draw are all that it asks for, ``min_tokens`` aside."""
+        params = self.params
+        return self.prompt_ids is None and not params.logit_bias and params.logprobs is None
+
+    @property
+    def first_free(self) -> int:
+        """Position from which every token may be drawn."""
+        return self.num_prompt_tokens + self.params.min_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -98,16 +116,18 @@ class _Draw:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Penalties:
-    """Rows with a penalty, their settings per row [R], and their prompts' tokens as pairs."""
+    """Rows with a penalty, their settings per row [R], and their prompts' tokens as pairs.
+    Places are of the rows among the adjusted ones."""
 
     rows: list[int]
     slots: list[int]
     num_prompt_tokens: list[int]
     row_index: Tensor  # [R] int64
+    places: Tensor  # [R] int64
     repetition: Tensor
     presence: Tensor
     frequency: Tensor
-    prompt_rows: Tensor  # [M] int64
+    prompt_places: Tensor  # [M] int64
     prompt_ids: Tensor  # [M] int64
     prompt_repetition: Tensor  # [M]
 
@@ -120,9 +140,11 @@ class _Batch:
     greedy_rows: Tensor | None  # None: no row
     plain: _Draw | None
     truncated: _Draw | None
-    bias: tuple[Tensor, Tensor, Tensor] | None  # rows, ids, values, [M] each
+    adjusted_rows: list[int]  # whose logits may have to be changed
+    adjusted_index: Tensor | None
+    bias: tuple[Tensor, Tensor, Tensor] | None  # places, ids, values, [M] each
     penalties: _Penalties | None
-    delayed: list[tuple[int, int, tuple[int, ...]]]  # row, first free position, forbidden ids
+    delayed: list[tuple[int, int, _SlotState]]  # row and place of those with forbidden ids
     logprob_rows: list[int]
     logprob_row_index: Tensor | None
     num_top: list[int]
@@ -205,6 +227,7 @@ class Sampler:
         max_slots: slots are in ``[0, max_slots)``.
         eos_token_ids: not drawn while a sequence has fewer than ``min_tokens`` output tokens.
         device: where the logits are.
+        ops: of the device; None: the reference.
     """
 
     def __init__(
@@ -213,6 +236,7 @@ class Sampler:
         max_slots: int,
         eos_token_ids: Iterable[int],
         device: torch.device | str,
+        ops: Ops | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
@@ -220,6 +244,11 @@ class Sampler:
         self._states: list[_SlotState | None] = [None] * max_slots
         self._log = _OutputLog(self._device)
         self._batches: dict[tuple[int, ...], _Batch] = {}
+        self._ops = None if ops is None or ops.is_reference else ops
+        self.params = SlotParams(max_slots, self._device)
+        """Settings of the draw by slot, up to date in the order of the stream after ``flush``."""
+        self._changes: dict[int, DrawSettings] = {}
+        self._special: set[int] = set()
 
     @property
     def history_bytes(self) -> int:
@@ -248,15 +277,32 @@ class Sampler:
             unique = sorted(set(protocol.unpack_i32(opened.prompt_ids)))
             prompt_ids = _int_tensor(unique, self._device)
             self._log.open(slot, output_ids)
-        self._states[slot] = _SlotState(
+        state = self._states[slot] = _SlotState(
+            slot=slot,
             params=params,
             seed=opened.seed,
             num_prompt_tokens=opened.num_prompt_tokens,
             prompt_ids=prompt_ids,
             forbidden_ids=self._forbidden_ids(params),
         )
+        self._changes[slot] = self._draw_settings(params, opened.seed)
+        self._special.discard(slot)
+        if not state.is_plain or state.forbidden_ids:
+            self._special.add(slot)
         for slots in [slots for slots in self._batches if slot in slots]:
             del self._batches[slots]
+
+    def is_plain(self, slots: Iterable[int]) -> bool:
+        """True when ``params`` and the logits are all that the draws of these slots depend on, and
+        no log-probabilities are asked for: then ``sample`` may be left out, and
+        ``Ops.sample_tokens`` draws the same tokens."""
+        return not self._special or self._special.isdisjoint(slots)
+
+    @torch.inference_mode()
+    def flush(self) -> None:
+        """Bring ``params`` up to date, in the order of the stream; waits for nothing."""
+        self.params.update(self._changes)
+        self._changes.clear()
 
     @torch.inference_mode()
     def sample(
@@ -264,7 +310,7 @@ class Sampler:
     ) -> SampledTokens:
         """Draw one token per row and count it as output of its slot.
 
-        Shapes: logits [N, V] float32, left unchanged; ``slots`` and ``positions`` have N
+        Shapes: logits [N, V] float32 or bf16, left unchanged; ``slots`` and ``positions`` have N
         entries, a slot at most once. A position is the index in its sequence of the token to be
         drawn. Nothing waits for a CUDA device.
         """
@@ -274,7 +320,12 @@ class Sampler:
         if not slots_key:
             empty = torch.empty(0, dtype=torch.int64, device=self._device)
             return SampledTokens(empty, (), (), None)
-        token_ids = self._draw(batch, self._adjusted(batch, logits, positions), positions)
+        adjusted = self._adjusted(batch, logits, positions)
+        if self._ops is None:
+            token_ids = self._draw(batch, _merged(logits, adjusted, batch), positions)
+        else:
+            self.flush()
+            token_ids = self._draw_by_table(self._ops, batch, logits, adjusted, slots, positions)
         top = self._top_logprobs(batch, logits, token_ids.clamp(min=0))
         sampled = SampledTokens(token_ids, slots_key, tuple(positions), top)
         if batch.penalties is not None:
@@ -288,38 +339,47 @@ class Sampler:
 
     # what changes the logits
 
-    def _adjusted(self, batch: _Batch, logits: Tensor, positions: Sequence[int]) -> Tensor:
+    def _adjusted(self, batch: _Batch, logits: Tensor, positions: Sequence[int]) -> Tensor | None:
+        """The rows ``batch.adjusted_rows`` in float32 with their changes; None: there are none."""
         forbidden = [
-            (row, token_id)
-            for row, first_free, token_ids in batch.delayed
-            if positions[row] < first_free
-            for token_id in token_ids
+            (place, token_id)
+            for row, place, state in batch.delayed
+            if positions[row] < state.first_free
+            for token_id in state.forbidden_ids
         ]
+        for row, _, state in batch.delayed:
+            if state.is_plain and positions[row] >= state.first_free:
+                self._special.discard(state.slot)
         if batch.bias is None and batch.penalties is None and not forbidden:
-            return logits
-        adjusted = logits.clone()
+            return None
+        assert batch.adjusted_index is not None
+        adjusted = logits[batch.adjusted_index].float()
         if batch.bias is not None:
             sampling.add_logit_bias(adjusted, *batch.bias)
         if forbidden:
-            rows, token_ids = _int_tensor(forbidden, self._device).T
-            sampling.forbid_tokens(adjusted, rows, token_ids)
+            places, token_ids = _int_tensor(forbidden, self._device).T
+            sampling.forbid_tokens(adjusted, places, token_ids)
         if batch.penalties is not None:
             self._apply_penalties(batch.penalties, adjusted, positions)
         return adjusted
 
     def _apply_penalties(
-        self, penalties: _Penalties, logits: Tensor, positions: Sequence[int]
+        self, penalties: _Penalties, adjusted: Tensor, positions: Sequence[int]
     ) -> None:
         owner, output_ids = self._log.read(penalties.slots, _output_lengths(penalties, positions))
-        output_rows = penalties.row_index[owner]
+        output_places = penalties.places[owner]
         sampling.apply_repetition_penalty(
-            logits,
-            torch.cat([penalties.prompt_rows, output_rows]),
+            adjusted,
+            torch.cat([penalties.prompt_places, output_places]),
             torch.cat([penalties.prompt_ids, output_ids]),
             torch.cat([penalties.prompt_repetition, penalties.repetition[owner]]),
         )
         sampling.apply_output_penalties(
-            logits, output_rows, output_ids, penalties.presence[owner], penalties.frequency[owner]
+            adjusted,
+            output_places,
+            output_ids,
+            penalties.presence[owner],
+            penalties.frequency[owner],
         )
 
     def _forbidden_ids(self, params: SamplingParams) -> tuple[int, ...]:
@@ -330,6 +390,38 @@ class Sampler:
         return tuple(forbidden) if len(forbidden) < self._vocab_size else ()
 
     # draws
+
+    def _draw_settings(self, params: SamplingParams, seed: int) -> DrawSettings:
+        temperature = max(params.temperature, _SMALLEST_TEMPERATURE)
+        return DrawSettings(
+            seed=seed,
+            temperature=0.0 if params.is_greedy else temperature,
+            top_k=min(params.top_k, self._vocab_size),
+            top_p=params.top_p,
+            min_p=params.min_p,
+        )
+
+    def _draw_by_table(
+        self,
+        ops: Ops,
+        batch: _Batch,
+        logits: Tensor,
+        adjusted: Tensor | None,
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> Tensor:
+        staged = _int_tensor([*zip(slots, positions, strict=True)], self._device)
+        rows = staged[:, 0].int(), staged[:, 1].contiguous()
+        if adjusted is None:
+            return ops.sample_tokens(logits, *rows, self.params)
+        assert batch.adjusted_index is not None
+        changed = rows[0][batch.adjusted_index], rows[1][batch.adjusted_index]
+        drawn = ops.sample_tokens(adjusted, *changed, self.params)
+        if len(adjusted) == len(logits):
+            return drawn
+        token_ids = ops.sample_tokens(logits, *rows, self.params)
+        token_ids[batch.adjusted_index] = drawn
+        return token_ids
 
     def _draw(self, batch: _Batch, logits: Tensor, positions: Sequence[int]) -> Tensor:
         if batch.is_greedy:
@@ -351,9 +443,12 @@ class Sampler:
         rows = batch.logprob_row_index
         if rows is None:
             return None
-        drawn, ids, logprobs = sampling.top_logprobs(
-            logits[rows], token_ids[rows], max(batch.num_top)
-        )
+        num_top = max(batch.num_top)
+        chosen, drawn_ids = logits[rows], token_ids[rows]
+        if self._ops is None:
+            drawn, ids, logprobs = sampling.top_logprobs(chosen.float(), drawn_ids, num_top)
+        else:
+            drawn, ids, logprobs = self._ops.top_logprobs(chosen, drawn_ids, num_top)
         return _TopLogprobs(batch.logprob_rows, batch.num_top, drawn, ids, logprobs)
 
     # what is the same from step to step
@@ -373,22 +468,29 @@ class Sampler:
         return state
 
     def _build_batch(self, states: list[_SlotState], slots: tuple[int, ...]) -> _Batch:
-        greedy = [row for row, state in enumerate(states) if state.params.is_greedy]
-        drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
-        plain = [row for row in drawn if not _is_truncated(states[row].params)]
-        truncated = [row for row in drawn if _is_truncated(states[row].params)]
         logprob_rows = [row for row, s in enumerate(states) if s.params.logprobs is not None]
+        adjusted_rows = [row for row, state in enumerate(states) if _may_be_adjusted(state)]
+        places = {row: place for place, row in enumerate(adjusted_rows)}
+        greedy: list[int] = []
+        plain: list[int] = []
+        truncated: list[int] = []
+        if self._ops is None:  # else the device sorts them
+            for row, state in enumerate(states):
+                if state.params.is_greedy:
+                    greedy.append(row)
+                else:
+                    (truncated if _is_truncated(state.params) else plain).append(row)
         return _Batch(
-            is_greedy=not drawn,
+            is_greedy=len(greedy) == len(states),
             greedy_rows=_int_tensor(greedy, self._device) if greedy else None,
             plain=self._build_draw(states, plain),
             truncated=self._build_draw(states, truncated),
-            bias=self._build_bias(states),
-            penalties=self._build_penalties(states, slots),
+            adjusted_rows=adjusted_rows,
+            adjusted_index=_int_tensor(adjusted_rows, self._device) if adjusted_rows else None,
+            bias=self._build_bias(states, places),
+            penalties=self._build_penalties(states, slots, places),
             delayed=[
-                (row, s.num_prompt_tokens + s.params.min_tokens, s.forbidden_ids)
-                for row, s in enumerate(states)
-                if s.forbidden_ids
+                (row, places[row], state) for row, state in enumerate(states) if state.forbidden_ids
             ],
             logprob_rows=logprob_rows,
             logprob_row_index=_int_tensor(logprob_rows, self._device) if logprob_rows else None,
@@ -398,44 +500,46 @@ class Sampler:
     def _build_draw(self, states: list[_SlotState], rows: list[int]) -> _Draw | None:
         if not rows:
             return None
-        params = [states[row].params for row in rows]
+        settings = [self._draw_settings(states[row].params, states[row].seed) for row in rows]
         device = self._device
         return _Draw(
             rows=None if len(rows) == len(states) else _int_tensor(rows, device),
-            seeds=_int_tensor([_signed(states[row].seed) for row in rows], device),
-            temperature=_float_tensor(
-                [max(p.temperature, _SMALLEST_TEMPERATURE) for p in params], device
+            seeds=_int_tensor([_signed(s.seed) for s in settings], device),
+            temperature=_float_tensor([s.temperature for s in settings], device),
+            top_k=_int_tensor([s.top_k for s in settings], device),
+            top_p=_to_device(
+                torch.tensor([s.top_p for s in settings], dtype=torch.float64), device
             ),
-            top_k=_int_tensor([min(p.top_k, self._vocab_size) for p in params], device),
-            top_p=_to_device(torch.tensor([p.top_p for p in params], dtype=torch.float64), device),
-            min_p=_float_tensor([p.min_p for p in params], device),
+            min_p=_float_tensor([s.min_p for s in settings], device),
         )
 
-    def _build_bias(self, states: list[_SlotState]) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _build_bias(
+        self, states: list[_SlotState], places: dict[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         entries = [
-            (row, token_id, bias)
+            (places[row], token_id, bias)
             for row, state in enumerate(states)
             for token_id, bias in state.params.logit_bias.items()
         ]
         if not entries:
             return None
-        rows, token_ids, values = zip(*entries, strict=True)
+        bias_places, token_ids, values = zip(*entries, strict=True)
         device = self._device
         return (
-            _int_tensor(rows, device),
+            _int_tensor(bias_places, device),
             _int_tensor(token_ids, device),
             _float_tensor(values, device),
         )
 
     def _build_penalties(
-        self, states: list[_SlotState], slots: tuple[int, ...]
+        self, states: list[_SlotState], slots: tuple[int, ...], places: dict[int, int]
     ) -> _Penalties | None:
         rows = [row for row, state in enumerate(states) if state.prompt_ids is not None]
         if not rows:
             return None
         chosen = [states[row] for row in rows]
         prompts = [state.prompt_ids for state in chosen if state.prompt_ids is not None]
-        row_index = _int_tensor(rows, self._device)
+        place_index = _int_tensor([places[row] for row in rows], self._device)
         repetition = _float_tensor([s.params.repetition_penalty for s in chosen], self._device)
         owner = torch.repeat_interleave(
             torch.arange(len(rows), device=self._device),
@@ -446,11 +550,12 @@ class Sampler:
             rows=rows,
             slots=[slots[row] for row in rows],
             num_prompt_tokens=[state.num_prompt_tokens for state in chosen],
-            row_index=row_index,
+            row_index=_int_tensor(rows, self._device),
+            places=place_index,
             repetition=repetition,
             presence=_float_tensor([s.params.presence_penalty for s in chosen], self._device),
             frequency=_float_tensor([s.params.frequency_penalty for s in chosen], self._device),
-            prompt_rows=row_index[owner],
+            prompt_places=place_index[owner],
             prompt_ids=torch.cat(prompts),
             prompt_repetition=repetition[owner],
         )
@@ -461,6 +566,25 @@ def _draw_rows(draw: _Draw, logits: Tensor, positions: Tensor, batch: _Batch) ->
         return sampling.draw_tokens(logits, draw.temperature, draw.seeds, positions)
     return sampling.draw_truncated_tokens(
         logits, draw.temperature, draw.top_k, draw.top_p, draw.min_p, draw.seeds, positions
+    )
+
+
+def _merged(logits: Tensor, adjusted: Tensor | None, batch: _Batch) -> Tensor:
+    """[N, V] float32: ``logits`` with the adjusted rows in their places."""
+    if adjusted is not None and len(adjusted) == len(logits):
+        return adjusted
+    merged = logits.float()
+    if adjusted is None:
+        return merged
+    if merged is logits:
+        merged = logits.clone()
+    merged[batch.adjusted_index] = adjusted
+    return merged
+
+
+def _may_be_adjusted(state: _SlotState) -> bool:
+    return (
+        state.prompt_ids is not None or bool(state.params.logit_bias) or bool(state.forbidden_ids)
     )
 
 

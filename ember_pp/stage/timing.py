@@ -21,6 +21,7 @@ import array
 import dataclasses
 import enum
 import time
+from collections import deque
 from collections.abc import Callable
 
 from ember_pp import protocol
@@ -69,7 +70,15 @@ class StageClock:
         now_ns: the clock; ``time.monotonic_ns`` is one for all processes of a host.
     """
 
-    __slots__ = ("_now_ns", "_since_ns", "_state", "_totals_ns", "_version", "recorder")
+    __slots__ = (
+        "_now_ns",
+        "_num_open",
+        "_since_ns",
+        "_state",
+        "_totals_ns",
+        "_version",
+        "recorder",
+    )
 
     def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.recorder: PlanRecorder | None = None
@@ -77,6 +86,7 @@ class StageClock:
         self._now_ns = now_ns
         self._totals_ns = [0] * (_AWAIT_PLAN + 1)
         self._state = _AWAIT_PLAN
+        self._num_open = 0  # plans that have begun and not ended
         self._version = 0  # odd while the fields above and below do not fit each other
         self._since_ns = now_ns()
 
@@ -86,20 +96,25 @@ class StageClock:
         self._version += 1
         self._totals_ns = [0] * (_AWAIT_PLAN + 1)
         self._state = _AWAIT_PLAN
+        self._num_open = 0
         self._since_ns = self._now_ns()
         self._version += 1
 
     def begin_plan(self, *, after_idle: bool) -> None:
-        """A plan has come: close the wait for it."""
+        """A plan has come: close the wait for it, unless the device is still at one before."""
+        began_ns = None
         if self._state == _AWAIT_PLAN:
             waited_in = StageState.IDLE if after_idle else StageState.HOST_GAP
             self._switch(int(waited_in), BUSY)
+            began_ns = self._since_ns
+        self._num_open += 1
         if self.recorder is not None:
-            self.recorder.begin(self._since_ns)
+            self.recorder.begin(self._now_ns() if began_ns is None else began_ns)
 
     def end_plan(self, plan: int) -> None:
-        """The plan is done: what comes now is the wait for the next."""
-        self._switch(self._state, _AWAIT_PLAN)
+        """The plan is done: what comes now is the wait for the next, unless one has begun."""
+        self._num_open -= 1
+        self._switch(self._state, BUSY if self._num_open else _AWAIT_PLAN)
         if self.recorder is not None:
             self.recorder.end(plan, self._since_ns)
 
@@ -174,13 +189,14 @@ class PlanRecorder:
         self._waits = array.array("q")
         self._num_plans = 0
         self._posted_ns = 0
-        self._began_ns = 0
+        self._began_ns: deque[int] = deque()  # of the plans that have not ended
+        self._ended_ns = 0
         self.received_ns = 0
         self.sent_ns = 0
 
     def begin(self, now_ns: int) -> None:
         """A plan has come."""
-        self._began_ns = now_ns
+        self._began_ns.append(now_ns)
         self.received_ns = self.sent_ns = 0
 
     def wait(self, state: int, start_ns: int, end_ns: int) -> None:
@@ -189,7 +205,9 @@ class PlanRecorder:
 
     def end(self, plan: int, now_ns: int) -> None:
         """The plan is done; every now and then this posts a batch."""
-        self._plans.extend((plan, self._began_ns, self.received_ns, self.sent_ns, now_ns))
+        began_ns = max(self._began_ns.popleft(), self._ended_ns)  # plans are done one by one
+        self._ended_ns = now_ns
+        self._plans.extend((plan, began_ns, self.received_ns, self.sent_ns, now_ns))
         self._num_plans += 1
         if self._num_plans >= _MAX_BUFFERED_PLANS or now_ns - self._posted_ns > _MAX_BUFFERED_NS:
             self._posted_ns = now_ns

@@ -249,17 +249,25 @@ def _draw(
     on_progress: OnProgress | None,
 ) -> None:
     num_done, num_total = 0, sum(math.prod(shape) for shape in shapes.values())
-    generator = torch.Generator(next(iter(places.values())).device)
     for name, shape in shapes.items():
-        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # a positive int64
-        mean, deviation = _distribution(cfg, name, shape)
-        drawn = places[name].new_empty(shape).normal_(mean, deviation, generator=generator)
+        drawn = draw_random(cfg, name, shape, places[name])
         places[name].copy_(drawn)
         num_done += math.prod(shape)
         if on_progress is not None:
             itemsize = drawn.dtype.itemsize
             on_progress(num_done * itemsize, num_total * itemsize)
+
+
+def draw_random(cfg: ModelConfig, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The random weights of the tensor ``name``, of this shape, with dtype and device of ``like``.
+
+    The same numbers on every device of a kind, whoever asks.
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    generator = torch.Generator(like.device)
+    generator.manual_seed(int.from_bytes(digest, "little") >> 1)  # a positive int64
+    mean, deviation = _distribution(cfg, name, shape)
+    return like.new_empty(shape).normal_(mean, deviation, generator=generator)
 
 
 def _distribution(cfg: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[float, float]:

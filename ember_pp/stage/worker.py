@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import TypedDict
 
 import torch
 
@@ -20,7 +22,7 @@ from ember_pp import memory_model, partition
 from ember_pp.checkpoint import Checkpoint, locate
 from ember_pp.config import Config
 from ember_pp.errors import ProtocolError
-from ember_pp.kernels import make_ops
+from ember_pp.kernels import Ops, make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.protocol import (
     Execute,
@@ -37,6 +39,8 @@ from ember_pp.protocol import (
     unpack_i32,
 )
 from ember_pp.stage import capacity
+from ember_pp.stage.captured import CapturedSteps, StepLimits
+from ember_pp.stage.captured_runner import CapturedRunner
 from ember_pp.stage.failure import failure_of
 from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
 from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
@@ -44,12 +48,16 @@ from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import StageModel
-from ember_pp.stage.runner import StageRunner
+from ember_pp.stage.runner import StageRunner, StartedPlan
 from ember_pp.stage.sampler import Sampler
+from ember_pp.stage.slots import Slots
 from ember_pp.stage.timing import PlanRecorder, StageClock
 from ember_pp.stage.weights import load_stage
 
 _PROGRESS_PERIOD_S = 0.1
+_POLL_S = 50e-6
+"""How late the end of a plan on the device may be noticed. Short against a plan, and long against
+what looking costs."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 logger = logging.getLogger(__name__)
@@ -71,7 +79,9 @@ class StageWorker:
         """Of hidden states; on the first stage, of feedback."""
         self._sender: Sender | None = None
         """Of hidden states; on the last stage, of feedback."""
-        self._runner: StageRunner | None = None
+        self._runner: StageRunner | CapturedRunner | None = None
+        self._started: deque[tuple[int, StartedPlan]] = deque()
+        """Plans that the device may still be at, by number."""
         self._clock = StageClock()
         self._last_plan = -1
         self._is_closing = False
@@ -80,13 +90,24 @@ class StageWorker:
         """Handle messages until None comes; an exception is posted as ``StageFailed``."""
         try:
             while True:
-                message = inbox.get()
+                message = self._next_message(inbox)
                 if message is None:
                     return
                 self.handle(message)
         except BaseException as error:  # noqa: BLE001  whatever it is, the coordinator must know
             if not self._is_closing:  # a closed edge ends the wait of a plan with an error
                 self._post(self.failure(error))
+
+    def _next_message(self, inbox: SimpleQueue[Message | None]) -> Message | None:
+        """Waits for a message; meanwhile plans end."""
+        while self._started:
+            self._finish_plans()
+            if self._started:
+                try:
+                    return inbox.get(timeout=_POLL_S)
+                except Empty:
+                    continue
+        return inbox.get()
 
     def handle(self, message: Message) -> None:
         """Do what one message asks.
@@ -117,7 +138,17 @@ class StageWorker:
             epoch=-1 if self._slice is None else self._slice.message.epoch,
             stage_index=self._stage_index,
             plan=self._last_plan + 1,
+            **self._memory_advice(),
         )
+
+    def _memory_advice(self) -> dict[str, str]:
+        """What to lower if it was memory that was short, by what is going on."""
+        if self._slice is None:
+            return {}
+        if self._runner is not None:
+            return {"memory_advice": self._slice.step_advice(self._last_plan + 1)}
+        is_loaded = self._slice.weight_bytes > 0
+        return {} if is_loaded else {"memory_advice": self._slice.loading_advice()}
 
     def close(self) -> None:
         """End waits for neighbours, now; the worker then fails silently. Any thread."""
@@ -163,6 +194,8 @@ class StageWorker:
         self._slice = loaded = _Slice(message)
         if loaded.device.type == "cuda":
             torch.cuda.set_device(loaded.device)
+            # Of this thread, for good: the default stream cannot be captured.
+            torch.cuda.set_stream(torch.cuda.Stream(loaded.device))  # type: ignore[no-untyped-call]
         loaded.load(self._progress_reporter())
         handle = {}
         if message.num_stages > 1:
@@ -205,6 +238,7 @@ class StageWorker:
             shape = loaded.feedback_shape if loaded.is_last else loaded.ring_shape
             self._sender = open_sender(message.next_handle, edge, shape, loaded.device, self._clock)
         self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
+        self._runner.warm_up()
         recorder = None
         if loaded.config.trace.is_on:
             recorder = PlanRecorder(self._stage_index, message.epoch, self._post)
@@ -240,12 +274,20 @@ class StageWorker:
             raise ProtocolError(
                 f"stage {self._stage_index} got plan {execute.plan} after plan {self._last_plan}"
             )
+        self._finish_plans()
         self._clock.begin_plan(after_idle=execute.after_idle)
-        sampled = self._runner.run(execute)
+        self._started.append((execute.plan, self._runner.start(execute)))
         self._last_plan = execute.plan
-        if sampled is not None:
-            self._post(sampled)
-        self._clock.end_plan(execute.plan)
+        self._finish_plans()
+
+    def _finish_plans(self) -> None:
+        """Post what plans have drawn that the device is done with, in their order."""
+        while self._started and self._started[0][1].is_done():
+            plan, started = self._started.popleft()
+            sampled = started.finish()
+            if sampled is not None:
+                self._post(sampled)
+            self._clock.end_plan(plan)
 
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:
@@ -256,6 +298,16 @@ class StageWorker:
                 f"{what} is of epoch {epoch}"
             )
         return self._slice
+
+
+class _RunnerEnds(TypedDict):
+    """What a runner of either kind has around it."""
+
+    source: Receiver | None
+    sink: Sender | None
+    sampler: Sampler | None
+    last_tokens: LastTokens | None
+    feedback: Sender | None
 
 
 class _Slice:
@@ -276,7 +328,9 @@ class _Slice:
             self.model_config, self.num_layers, self.dtype.itemsize
         )
         self.weight_bytes = 0
+        self.kv_bytes = 0
         self._model: StageModel | None = None
+        self._ops: Ops | None = None
 
     @property
     def ring_shape(self) -> RingShape:
@@ -320,13 +374,31 @@ class _Slice:
             on_progress=on_progress,
         )
         self.weight_bytes = weights.num_bytes
+        self._ops = make_ops(self.config.kernels, self.device)
         self._model = StageModel(
             self.model_config,
             weights,
             *layers,
             **ends,
             max_model_len=message.max_model_len,
-            ops=make_ops(self.config.kernels, self.device),
+            ops=self._ops,
+        )
+
+    def loading_advice(self) -> str:
+        """What takes memory before there are plans, and what to do about it."""
+        weight_bytes = partition.stage_weight_bytes(
+            self.model_config,
+            (self.message.start_layer, self.message.end_layer),
+            is_first=self.is_first,
+            is_last=self.is_last,
+            bytes_per_element=self.dtype.itemsize,
+        )
+        return capacity.loading_advice(self.num_layers, weight_bytes, str(self.device))
+
+    def step_advice(self, plan: int) -> str:
+        """What takes memory in a plan, and what to lower."""
+        return capacity.step_advice(
+            self.config, plan, self.weight_bytes, self.kv_bytes, self.activation_bytes
         )
 
     def num_blocks_that_fit(self) -> int:
@@ -343,15 +415,21 @@ class _Slice:
         return capacity.num_cuda_blocks(
             self.block_bytes,
             memory_gib=memory_gib,
+            memory_share=self.config.cache.memory_share,
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             weight_bytes=self.weight_bytes,
-            activation_bytes=memory_model.activation_bytes(
-                self.model_config,
-                self.config.scheduler.max_tokens_per_plan,
-                self.message.max_slots if self.is_last else 0,
-            ),
+            reserved_bytes=self.activation_bytes + memory_model.CUDA_GRAPH_BYTES,
             num_stages_on_device=self._num_stages_on_device(),
+        )
+
+    @property
+    def activation_bytes(self) -> int:
+        """Set aside for a forward pass."""
+        return memory_model.activation_bytes(
+            self.model_config,
+            self.config.scheduler.max_tokens_per_plan,
+            self.message.max_slots if self.is_last else 0,
         )
 
     def _num_stages_on_device(self) -> int:
@@ -365,22 +443,19 @@ class _Slice:
 
     def make_runner(
         self, num_blocks: int, receiver: Receiver | None, sender: Sender | None
-    ) -> StageRunner:
+    ) -> StageRunner | CapturedRunner:
         """The runner of this slice, with ``num_blocks`` KV blocks."""
         assert self._model is not None, "load comes first"
+        assert self._ops is not None, "load comes first"
         message, cfg = self.message, self.model_config
         block_size = self.config.cache.block_size
-        slots = SlotTable(
-            message.max_slots,
-            self.max_blocks_per_sequence,
-            block_size,
-            num_blocks=num_blocks,
-            vocab_size=cfg.vocab_size,
-            device=self.device,
+        is_captured = self.device.type == "cuda" and self._ops.captures_attention(
+            self.dtype, cfg.head_dim, cfg.num_heads // cfg.num_kv_heads, block_size
         )
         kv_cache = KVCache.allocate(
             cfg, self.num_layers, num_blocks, block_size, self.dtype, self.device
         )
+        self.kv_bytes = kv_cache.num_bytes
         sampler = None
         if self.is_last:
             eos_token_ids = unpack_i32(message.eos_token_ids).tolist()
@@ -393,17 +468,33 @@ class _Slice:
                 source=receiver,
                 max_in_flight=message.max_in_flight,
             )
-        return StageRunner(
-            message.stage_index,
-            self._model,
-            kv_cache,
-            slots,
+        ends = _RunnerEnds(
             source=None if self.is_first else receiver,
             sink=None if self.is_last else sender,
             sampler=sampler,
             last_tokens=last_tokens,
             feedback=sender if self.is_last else None,
         )
+        sizes = message.max_slots, self.max_blocks_per_sequence, block_size
+        bounds = {"num_blocks": num_blocks, "vocab_size": cfg.vocab_size}
+        if not is_captured:
+            table = SlotTable(*sizes, **bounds, device=self.device)
+            return StageRunner(message.stage_index, self._model, kv_cache, table, **ends)
+        steps = CapturedSteps(
+            self._model,
+            kv_cache,
+            self._ops,
+            StepLimits(
+                max_slots=message.max_slots,
+                max_tokens=self.config.scheduler.max_tokens_per_plan,
+                max_blocks_per_sequence=self.max_blocks_per_sequence,
+                max_pending=message.max_in_flight + 1,
+            ),
+            sampler=sampler,
+            last_tokens=None if last_tokens is None else last_tokens.tokens,
+            uses_graphs=self.config.cuda_graphs,
+        )
+        return CapturedRunner(message.stage_index, steps, Slots(*sizes, **bounds), **ends)
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import multiprocessing
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from ember_pp.errors import KernelBuildError
 from ember_pp.kernels import build
 from ember_pp.kernels.build import ARCHITECTURES, Binary, KernelSource
+from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.kernels.skinny_linear import make_plan
+from ember_pp.model_config import ModelConfig
+from paged_model import PagedModel
+from scripts.sanitize_kernels import kernels_by_file
 
 COMPILER = (13, 0)
 HEADER = "namespace ember { constexpr int kStep = 1; }\n"
@@ -266,47 +276,133 @@ def test_a_kernel_is_built_once_and_then_found(source: KernelSource, tmp_path: P
 
 
 # One expression per kernel and element type that the models use, and the awkward ones.
+PRESETS = ("0.6b", "1.7b", "4b", "8b", "14b", "32b")
+H100 = {"num_multiprocessors": 132, "shared_limit": 227 * 1024}
 HOT = [
     ("embedding.cuh", "embedding_kernel<uint4>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 8, 1, false>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 8, 1, true>"),
+    ("rms_norm.cuh", "rms_norm_kernel<bf16, 8, 2, false>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 8, 2, true>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<bf16, 128, 8, true, false>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<bf16, 64, 8, false, true>"),
     ("swiglu.cuh", "swiglu_kernel<bf16, 8>"),
+    ("step.cuh", "begin_step_kernel"),
+    ("step.cuh", "end_step_kernel"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, 1, false, false, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, 8, true, false, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, 8, true, true, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, 6, true, true, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, 6, false, false, false>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 8>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 8>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2, 4>"),
-    ("paged_prefill.cuh", "paged_prefill_kernel<128>"),
+    ("sampling.cuh", "sample_tokens_kernel<bf16, 8, true>"),
+    ("top_logprobs.cuh", "top_logprobs_kernel<bf16, 8, true>"),
     ("paged_prefill.cuh", "paged_prefill_kernel<64>"),
-    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<128>"),
+    ("paged_prefill.cuh", "paged_prefill_kernel<128>"),
     ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<64>"),
+    ("paged_prefill_wgmma.cuh", "paged_prefill_wgmma_kernel<128>"),
 ]
-ELSEWHERE = {("paged_prefill_kernel<128>", 90)}
-"""Hot kernels that this architecture has another one for."""
-HEADERS = {"device.cuh", "attention.cuh", "prefill_plan.cuh", "prefill_tile.cuh"}
+UNUSED = {("paged_prefill.cuh", 90)}
+"""There paged_prefill_wgmma takes its place."""
 OTHERS = [
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
     ("rms_norm.cuh", "rms_norm_kernel<float, 4, 8, true>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 1, 8, true>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<float, 24, 4, true, true>"),
     ("swiglu.cuh", "swiglu_kernel<float, 1>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<32, 4, true, true, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<32, 4, false, true, false>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 3, 2, 8>"),
+    ("sampling.cuh", "sample_tokens_kernel<bf16, 1, false>"),
+    ("sampling.cuh", "sample_tokens_kernel<float, 8, false>"),
+    ("top_logprobs.cuh", "top_logprobs_kernel<float, 1, false>"),
 ]
 
 
+def products_of_the_models() -> set[tuple[str, str]]:
+    """What ``skinny_linear`` instances the Qwen3 models need on an H100."""
+    needed = set()
+    for preset, num_rows in itertools.product(PRESETS, (1, 2, 4, 8, 16, 32)):
+        cfg = config_of(preset)
+        heads, kv_heads = cfg.num_heads, cfg.num_kv_heads
+        for width, num_outputs, is_normed, is_gated in (
+            (cfg.hidden_size, (heads + 2 * kv_heads) * cfg.head_dim, True, False),
+            (heads * cfg.head_dim, cfg.hidden_size, False, False),
+            (cfg.hidden_size, cfg.intermediate_size, True, True),
+            (cfg.hidden_size, cfg.intermediate_size, False, True),
+            (cfg.intermediate_size, cfg.hidden_size, False, False),
+            (cfg.hidden_size, cfg.vocab_size, True, False),
+            (cfg.hidden_size, cfg.vocab_size, False, False),
+        ):
+            flags = {"is_normed": is_normed, "is_gated": is_gated}
+            plan = make_plan(num_rows, width, num_outputs, **flags, **H100)
+            if plan is not None:
+                booleans = (is_normed, is_gated, plan.is_shared)
+                numbers = [plan.rows, plan.tiles, *(str(flag).lower() for flag in booleans)]
+                expression = f"skinny_linear_kernel<{', '.join(map(str, numbers))}>"
+                needed.add(("skinny_linear.cuh", expression))
+    return needed
+
+
+def config_of(preset: str) -> ModelConfig:
+    path = Path(__file__).parents[2] / "conf" / "model" / f"qwen3-{preset}.yaml"
+    return ModelConfig.from_hf(yaml.safe_load(path.read_text())["architecture"])
+
+
+FILES = sorted(kernels_by_file())
+
+
+def test_no_kernel_is_left_out_of_what_is_compiled() -> None:
+    """Every kernel is in one of the lists, and every file has a hot one."""
+    listed = {(file, expression.partition("<")[0]) for file, expression in HOT + OTHERS}
+    assert listed == {(file, name) for file, names in kernels_by_file().items() for name in names}
+    assert sorted({file for file, _ in HOT}) == FILES
+
+
 @needs_compiler
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int) -> None:
-    files = {path.name for path in build.SOURCES.glob("*.cuh")} - HEADERS
-    assert {file for file, _ in HOT} == files
-    for file, expression in HOT + OTHERS:
-        log = build.compile_kernel(KernelSource(file, expression), architecture).log
+def test_every_kernel_builds_and_the_hot_ones_spill_nothing(architecture: int, file: str) -> None:
+    for source in (KernelSource(*kernel) for kernel in HOT + OTHERS if kernel[0] == file):
+        log = build.compile_kernel(source, architecture).log
         spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
         assert spilled, "the compiler did not say"
-        if (file, expression) in HOT and (expression, architecture) not in ELSEWHERE:
-            assert max(spilled) == 0, f"{expression}, sm_{architecture}:\n{log}"
+        if (file, source.expression) in HOT and (file, architecture) not in UNUSED:
+            assert max(spilled) == 0, f"{source.expression}, sm_{architecture}:\n{log}"
+
+
+@needs_compiler
+def test_no_product_of_the_models_spills_on_the_card_that_is_tuned() -> None:
+    for file, expression in sorted(products_of_the_models() - set(HOT)):
+        log = build.compile_kernel(KernelSource(file, expression), 90).log
+        assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, f"{expression}:\n{log}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_model_launches_is_among_the_hot(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one layer and both ends of each model, by rows of decodes and with chunks of prompts."""
+    launched: set[tuple[str, str]] = set()
+    get = KernelSet.get
+
+    def recorded(self: KernelSet, file: str, expression: str, *arguments: Any, **options: Any):
+        launched.add((file, expression))
+        return get(self, file, expression, *arguments, **options)
+
+    monkeypatch.setattr(KernelSet, "get", recorded)
+    config = dataclasses.replace(config_of(preset), num_layers=1)
+    model = PagedModel(None, cfg=config, device="cuda", dtype=torch.bfloat16, kernels="cuda")
+    for num_rows in (1, 2, 4, 8, 16, 33, 64):
+        model.step({f"{num_rows}-{row}": [row] for row in range(num_rows)})
+    model.step({"prompt": list(range(100))})
+    model.step({"prompt": [1], "other": list(range(70)), "16-1": [2]})
+    assert launched - set(HOT) - products_of_the_models() == set()

@@ -33,6 +33,19 @@ def test_layers_do_not_overlap_and_bytes_add_up(cfg: ModelConfig, dtype: torch.d
     assert cache.num_bytes == 5 * 4 * kv_bytes_per_token(cfg, 3, dtype.itemsize)
 
 
+@pytest.mark.gpu
+def test_more_than_the_card_has_names_the_setting(cfg: ModelConfig) -> None:
+    num_blocks = 2**38 // (16 * kv_bytes_per_token(cfg, 10, 4))  # 256 GiB
+    with pytest.raises(CapacityError) as error:
+        KVCache.allocate(
+            cfg, 10, num_blocks=num_blocks, block_size=16, dtype=torch.float32, device="cuda"
+        )
+    assert str(error.value).startswith(
+        "cache.memory_gib: 256.00 GiB of KV cache do not fit on cuda: CUDA out of memory"
+    )
+    assert str(error.value).endswith("lower it, or cache.memory_share where it is not set")
+
+
 def test_too_much_memory_names_the_setting(cfg: ModelConfig) -> None:
     with pytest.raises(CapacityError, match=r"cache.memory_gib: [\d.]+ GiB of KV cache do not fit"):
         KVCache.allocate(

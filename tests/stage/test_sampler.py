@@ -10,7 +10,7 @@ from transformers.generation import logits_process
 
 from ember_pp import protocol
 from ember_pp.errors import InvalidRequestError, ProtocolError
-from ember_pp.kernels import sampling
+from ember_pp.kernels import make_ops, sampling
 from ember_pp.sampling_params import SamplingParams
 from ember_pp.stage.sampler import Sampler
 
@@ -35,7 +35,8 @@ def open_slot(slot, *, seed=0, prompt=(1, 2, 3), output=(), **fields):
 
 
 def make_sampler(*opened, vocab_size=VOCAB_SIZE, device="cpu", max_slots=64):
-    sampler = Sampler(vocab_size, max_slots, EOS_IDS, device)
+    ops = make_ops("cuda" if device == "cuda" else "reference", torch.device(device))
+    sampler = Sampler(vocab_size, max_slots, EOS_IDS, device, ops)
     for slot in opened:
         sampler.open(slot)
     return sampler
@@ -293,6 +294,59 @@ def test_logits_are_left_as_they_were():
     before = logits.clone()
     sampler.sample(logits, range(24), [len(prompt) for prompt in generation.prompts])
     assert torch.equal(logits, before)
+
+
+# plans that need no more than the table
+
+
+def draw_by_table(sampler, logits, slots, positions):
+    """As a captured step does."""
+    sampler.flush()
+    ops = make_ops("reference", torch.device("cpu"))
+    rows = torch.tensor(slots, dtype=torch.int32), torch.tensor(positions)
+    return ops.sample_tokens(logits, *rows, sampler.params).tolist()
+
+
+def test_the_table_draws_plain_slots_as_the_sampler_does():
+    rng = random.Random(0)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    fields = [{k: v for k, v in random_fields(rng).items() if k in names} for _ in range(40)]
+    sampler = make_sampler(
+        *(open_slot(slot, seed=2**64 - slot, **fields[slot]) for slot in range(1, 40))
+    )
+    sampler.flush()
+    sampler.open(open_slot(7, seed=3, temperature=0.5))  # the last one counts
+    sampler.open(open_slot(7, seed=4, top_k=2))
+    slots = list(range(39, 0, -1))
+    assert sampler.is_plain(slots)
+    for position in range(3, 9):
+        logits = make_logits(39, seed=position)
+        drawn = sampler.sample(logits, slots, [position] * 39).read()
+        assert draw_by_table(sampler, logits, slots, [position] * 39) == drawn
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"logprobs": 0}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 0.1}, {"min_tokens": 1}],
+    ids=str,
+)
+def test_a_slot_that_needs_more_is_not_plain_until_it_is_opened_again(fields):
+    sampler = make_sampler(open_slot(0), open_slot(1, **fields), open_slot(2, ignore_eos=True))
+    assert sampler.is_plain([0, 2])
+    assert sampler.is_plain([])
+    assert not sampler.is_plain([0, 1])
+    sampler.open(open_slot(1, top_p=0.5))
+    assert sampler.is_plain([0, 1, 2])
+
+
+def test_min_tokens_is_plain_once_it_is_over():
+    sampler = make_sampler(
+        open_slot(0, min_tokens=2), open_slot(1, min_tokens=2, logprobs=1), open_slot(2)
+    )
+    for position, is_plain in ((3, False), (4, False), (5, True)):
+        sampler.sample(make_logits(3), [0, 1, 2], [position] * 3)
+        assert sampler.is_plain([0, 2]) == is_plain, position
+        assert not sampler.is_plain([1, 2])
 
 
 # log-probabilities

@@ -4,6 +4,7 @@
 the coordinator.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -26,13 +27,14 @@ from recorded_plans import (
 )
 
 from ember_pp import config as configuration
-from ember_pp import partition, protocol
+from ember_pp import memory_model, partition, protocol
 from ember_pp.checkpoint import read_config
 from ember_pp.coordinator.launcher import LocalLauncher, end_all
 from ember_pp.errors import from_wire
 from ember_pp.model_config import ModelConfig
 from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
 from ember_pp.stage import capacity
+from ember_pp.stage import worker as worker_module
 from ember_pp.stage.failure import failure_of
 from ember_pp.stage.worker import StageWorker
 
@@ -300,6 +302,68 @@ def test_out_of_memory_says_what_to_lower(error):
     assert failed.remote_type == type(error).__name__
 
 
+CUDA_OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of "
+    "which 1.06 GiB is free. Including non-PyTorch memory, this process has 22 GiB in use. See\n"
+    "documentation for Memory Management"
+)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError(CUDA_OUT_OF_MEMORY)
+
+
+def lost_memory(failed):
+    """The text of a ``CapacityError``, whose job ends with exit code 3."""
+    rebuilt = from_wire(failed.error)
+    assert type(rebuilt).__name__ == "CapacityError"
+    assert rebuilt.exit_code == 3
+    assert failed.remote_type == "OutOfMemoryError"
+    text = str(rebuilt)
+    assert "GPU 0 has a total capacity of 23.64 GiB of which 1.06 GiB is free)" in text
+    assert "non-PyTorch" not in text
+    return text
+
+
+def test_weights_that_do_not_fit_ask_for_more_stages(demo_path, monkeypatch):
+    monkeypatch.setattr("ember_pp.stage.worker.load_stage", out_of_memory)
+    stage = Stage(demo_path)
+    [failed] = stage.run(stage.config)
+    text = lost_memory(failed)
+    assert (
+        "while loading: 10 layers and what belongs to them are 0.02 GiB of weights on cpu" in text
+    )
+    assert text.endswith("raise pipeline.stages, or use other devices (pipeline.devices)")
+
+
+def test_state_that_does_not_fit_beside_the_weights_asks_for_less_of_it(demo_path, monkeypatch):
+    stage = Stage(demo_path)
+    stage.load()
+    monkeypatch.setattr("ember_pp.stage.worker.Sampler", out_of_memory)
+    [failed] = stage.run(protocol.Start(EPOCH, NUM_BLOCKS, {}))
+    assert "; lower cache.memory_gib or scheduler.max_tokens_per_plan" in lost_memory(failed)
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ({}, "or cache.memory_share=0.9, or set cache.memory_gib"),
+        ({"memory_gib": 0.25}, "or cache.memory_gib=0.25"),
+    ],
+)
+def test_a_plan_that_does_not_fit_asks_for_smaller_ones(
+    demo_path, recorded, monkeypatch, cache, words
+):
+    stage = Stage(demo_path, cache=cache)
+    stage.load()
+    stage.start()
+    monkeypatch.setattr("ember_pp.stage.model.StageModel.forward", out_of_memory)
+    [failed] = stage.run(recorded[0][0])
+    text = lost_memory(failed)
+    assert "in plan 0: beside 0.02 GiB of weights and 0.0" in text
+    assert text.endswith(f"lower scheduler.max_tokens_per_plan={MAX_TOKENS_PER_PLAN} {words}")
+
+
 def test_any_other_exception_travels_with_its_traceback():
     try:
         raise KeyError("boom")
@@ -326,8 +390,9 @@ def test_cpu_blocks_are_a_share_of_what_is_free(monkeypatch):
     ("changes", "num_blocks"),
     [
         ({}, 80),  # 90% of 900 free, less 10 for activations
+        ({"memory_share": 0.5}, 44),
         ({"num_stages_on_device": 2}, 35),  # its half of 1000, less its weights
-        ({"activation_bytes": 5000}, 0),
+        ({"reserved_bytes": 5000}, 0),
         ({"memory_gib": 1.0}, 2**30 // 10),
     ],
 )
@@ -337,7 +402,8 @@ def test_cuda_blocks_leave_room_for_weights_and_neighbours(changes, num_blocks):
         "free_bytes": 900,
         "total_bytes": 1000,
         "weight_bytes": 100,
-        "activation_bytes": 10,
+        "memory_share": 0.9,
+        "reserved_bytes": 10,
         "num_stages_on_device": 1,
     }
     assert capacity.num_cuda_blocks(10, **(sizes | changes)) == num_blocks
@@ -500,3 +566,19 @@ def test_a_stage_that_starts_as_an_orphan_ends():
     command = [sys.executable, "-m", "ember_pp.stage", "--address", "ipc:///tmp/nobody"]
     command += ["--stage-index", "0", "--parent-pid", "1"]
     assert subprocess.run(command, check=False, timeout=START_S).returncode == 1
+
+
+def test_a_cuda_stage_takes_what_is_planned_for_it(demo_path, monkeypatch):
+    """The stage and ``job=plan`` do the same arithmetic, with the same settings."""
+    message = make_config(
+        demo_path, 0, 1, cache={"memory_share": 0.7}, pipeline={"devices": "auto"}
+    )
+    message = dataclasses.replace(message, device="cuda:0")
+    total, free = 24 * 2**30, 20 * 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    loaded = worker_module._Slice(message)
+    cfg = ModelConfig.from_plain(message.model_config)
+    reserved = 512 * 2**20 + memory_model.activation_bytes(cfg, MAX_TOKENS_PER_PLAN, MAX_SLOTS)
+    block_bytes = BLOCK_SIZE * partition.kv_bytes_per_token(cfg, cfg.num_layers, 4)
+    assert loaded.num_blocks_that_fit() == (int(0.7 * free) - reserved) // block_bytes

@@ -478,8 +478,7 @@ __device__ __forceinline__ void compute(const PrefillArguments& a,
     attend<kHeadDim>(a, segments[place], buffers, barriers,
                      shared_address(&buffers.query[place][0][first_row]), turn, part);
     finish<kComputeBarrier>(a, segments[place], part);
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) arrive(&barriers.empty_work[place]);
+    arrive(&barriers.empty_work[place]);  // by all that read the segment
   }
 }
 #endif
@@ -499,7 +498,7 @@ __global__ void __launch_bounds__(kPlanThreads + kGroups* kGroupThreads, 1)
     planner.start(a);
     for (int i = 0; i < 2; ++i) {
       init_barrier(&barriers.full_work[i], 1);
-      init_barrier(&barriers.empty_work[i], kWarps);
+      init_barrier(&barriers.empty_work[i], kWarps * kWarpSize);
       init_barrier(&barriers.full_keys[i], kPlanThreads);
       init_barrier(&barriers.empty_keys[i], kWarps);
       init_barrier(&barriers.full_values[i], kPlanThreads);
