@@ -103,7 +103,7 @@ class Stage:
             self.cfg, self.cfg.num_layers, num_blocks, BLOCK_SIZE, torch.bfloat16, CUDA
         )
         cache.storage.normal_(std=0.5) if cache.num_bytes < 2**33 else cache.storage.zero_()
-        sampler = Sampler(self.cfg.vocab_size, max_slots + 1, (), CUDA)
+        sampler = Sampler(self.cfg.vocab_size, max_slots + 1, (), CUDA, ops)
         last_tokens = LastTokens(max_slots + 1, CUDA, source=None, max_in_flight=2)
         self.steps = CapturedSteps(
             self.model,

@@ -74,7 +74,7 @@ class _View:
 
 
 class CapturedSteps:
-    """Runs the steps of one stage.
+    """Runs the steps of one stage; all but ``warm_up`` within ``torch.inference_mode``.
 
     Args:
         model: the stage's layers.
@@ -141,19 +141,16 @@ class CapturedSteps:
             shape = StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
             self._graphs.run(shape, self._whole_step(shape))
 
-    @torch.inference_mode()
     def begin(self, plan: int, rows: PlanRows) -> Step:
         """Expand the rows of a plan on the device; on the first stage after its feedback."""
         shape = self._shape(rows)
         self._ops.begin_step(self._writer.write(plan, rows, shape.num_tokens), self.state)
         return Step(rows, shape)
 
-    @torch.inference_mode()
     def receive(self, hidden_states: Tensor) -> None:
         """Take in what the previous stage handed on, [T, D]; it may then be given back."""
         self._received[: len(hidden_states)] = hidden_states
 
-    @torch.inference_mode()
     def hidden_states(self, step: Step, on_layer: OnLayer | None) -> Tensor:
         """[T, D] to be handed to the next stage; good until the next step.
 
@@ -165,7 +162,6 @@ class CapturedSteps:
             hidden_states = self._run(step.shape, self._whole_step(step.shape))
         return hidden_states[: step.rows.num_tokens]
 
-    @torch.inference_mode()
     def draw(
         self, step: Step, on_layer: OnLayer | None, on_logits: OnLogits | None
     ) -> tuple[Tensor, SampledTokens | None]:

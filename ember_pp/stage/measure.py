@@ -10,6 +10,7 @@ Shape letters: R rows that decode, T tokens, L layers, S block size, D hidden.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -24,6 +25,7 @@ from ember_pp import memory_model, partition, protocol
 from ember_pp.cost_model import Profile, architecture_key
 from ember_pp.kernels import make_ops
 from ember_pp.model_config import ModelConfig
+from ember_pp.stage.graphs import Graphs
 from ember_pp.stage.input_batch import BatchInputs
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.model import StageModel
@@ -71,6 +73,8 @@ def measure(
         torch.set_num_threads(num_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # The default one cannot be captured.
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     bench = _Bench(cfg, _DTYPES[dtype], device)
     decode = {rows: bench.layers(*bench.decode(rows, SHORT_CONTEXT)) for rows in DECODE_ROWS}
     prefill = {tokens: bench.layers(*bench.prefill(tokens)) for tokens in PREFILL_TOKENS}
@@ -113,19 +117,23 @@ class _Bench:
             None, cfg, *layers, is_first=False, is_last=True, dtype=dtype, device=device
         )
         longest = max(LONG_CONTEXT, *PREFILL_TOKENS)
-        self._model = StageModel(
-            *(cfg, weights, *layers),
-            is_first=False,
-            is_last=True,
-            max_model_len=longest,
-            ops=make_ops("auto", device),
+        ops = make_ops("auto", device)
+        ends = {"is_first": False, "is_last": True}
+        self._model = StageModel(cfg, weights, *layers, **ends, max_model_len=longest, ops=ops)
+        self._num_first = max(1, self._num_layers // 2)
+        first = dataclasses.replace(weights, layers=weights.layers[: self._num_first])
+        self._first_layers = StageModel(
+            cfg, first, 0, self._num_first, **ends, max_model_len=longest, ops=ops
         )
+        group_size = cfg.num_heads // cfg.num_kv_heads
+        is_captured = ops.captures_attention(dtype, cfg.head_dim, group_size, _BLOCK_SIZE)
+        self._graphs = Graphs(device, is_on=is_captured)
         most = max(LONG_CONTEXT_ROWS * LONG_CONTEXT, max(DECODE_ROWS) * SHORT_CONTEXT, longest)
         self._kv_cache = KVCache.allocate(
             cfg, self._num_layers, most // _BLOCK_SIZE, _BLOCK_SIZE, dtype, device
         )
         self._kv_cache.storage.zero_()
-        self._sampler = Sampler(cfg.vocab_size, max(DECODE_ROWS), [], device)
+        self._sampler = Sampler(cfg.vocab_size, max(DECODE_ROWS), [], device, ops)
         for slot in range(max(DECODE_ROWS)):
             self._sampler.open(protocol.OpenSlot(slot, slot, dict(_SAMPLING), 1, 0, b"", b""))
 
@@ -167,7 +175,18 @@ class _Bench:
         return inputs, torch.randn(shape, device=device).to(self._dtype)
 
     def layers(self, inputs: BatchInputs, hidden_states: Tensor) -> tuple[float, float]:
-        """(time of one layer, time of a forward beside its layers), medians in seconds."""
+        """(time of one layer, time of a forward beside its layers), medians in seconds.
+
+        Where a stage would capture its steps they are captured here: all layers, and half of them,
+        so that the difference is that of layers alone.
+        """
+        if self._graphs.is_on:
+            whole_s = self._replay(self._model, inputs, hidden_states)
+            if self._num_layers == self._num_first:
+                return whole_s, 0.0
+            first_s = self._replay(self._first_layers, inputs, hidden_states)
+            each_s = (whole_s - first_s) / (self._num_layers - self._num_first)
+            return each_s, max(0.0, first_s - each_s * self._num_first)
         layer_s, rest_s = [], []
 
         def run() -> None:
@@ -182,6 +201,20 @@ class _Bench:
 
         self._repeat(run)
         return statistics.median(layer_s[1:]), statistics.median(rest_s[1:])
+
+    def _replay(self, model: StageModel, inputs: BatchInputs, hidden_states: Tensor) -> float:
+        """Median time of a captured forward."""
+        times_s = []
+        key = object()
+
+        def run() -> None:
+            marks = _Marks(self._device)
+            self._graphs.run(key, lambda: model.forward(inputs, hidden_states, self._kv_cache))
+            marks.add()
+            times_s.append(marks.read()[-1])
+
+        self._repeat(run)
+        return statistics.median(times_s[1:])
 
     def head(self, num_rows: int) -> float:
         """Final norm, lm_head and sampling of R rows, to the ids on the host; a median."""

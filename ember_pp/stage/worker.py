@@ -459,7 +459,9 @@ class _Slice:
         sampler = None
         if self.is_last:
             eos_token_ids = unpack_i32(message.eos_token_ids).tolist()
-            sampler = Sampler(cfg.vocab_size, message.max_slots, eos_token_ids, self.device)
+            sampler = Sampler(
+                cfg.vocab_size, message.max_slots, eos_token_ids, self.device, self._ops
+            )
         last_tokens = None
         if self.is_first:
             last_tokens = LastTokens(

@@ -116,7 +116,7 @@ def make_stage(
     around = {
         "source": source,
         "sink": sink,
-        "sampler": Sampler(cfg.vocab_size, MAX_SLOTS, (), device) if sink is None else None,
+        "sampler": Sampler(cfg.vocab_size, MAX_SLOTS, (), device, ops) if sink is None else None,
         "last_tokens": last_tokens,
         "feedback": tokens_out if sink is None else None,
     }

@@ -49,6 +49,18 @@ def test_enough_layers_to_leave_the_cache_and_no_more_than_there_are() -> None:
     assert measure.num_layers_to_measure(large(num_layers=1), 2) == 1
 
 
+@pytest.mark.gpu
+def test_steps_are_timed_as_a_stage_runs_them() -> None:
+    """Captured: eight kernels or so, each a few us, where launching one takes the host longer."""
+    cfg = ModelConfig.from_plain(CFG.to_plain() | {"head_dim": 64})
+    with torch.cuda.stream(torch.cuda.Stream()):
+        bench = measure._Bench(cfg, torch.bfloat16, torch.device("cuda:0"))
+        layer_s, rest_s = bench.layers(*bench.decode(4, 40))
+    assert len(bench._graphs) == 2
+    assert 2e-6 < layer_s < 60e-6
+    assert 0 <= rest_s < 100e-6
+
+
 def test_decode_rows_attend_to_their_own_tokens(bench) -> None:
     inputs, hidden_states = bench.decode(3, 40)
     assert hidden_states.shape == (3, CFG.hidden_size)
