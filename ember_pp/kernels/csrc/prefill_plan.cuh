@@ -29,12 +29,12 @@ struct PrefillArguments {
   float2* part_stats;  // [2 * blocks, 128] maximum (base 2, scaled) and sum of weights
   int* counters;       // [1 + blocks + 2 * ceil(blocks / kFanIn)]
   int num_rows, table_stride, num_kv_heads, group_size;
-  int block_shift;  // S = kTile << block_shift
+  int block_shift;     // S = kTile << block_shift
   int min_share;       // fewest positions of a thread block
   int near_positions;  // of a context whose keys stay in the second-level cache for all heads
-  int tile_tokens;  // 128 / G
-  int group_inverse;  // 65536 / G + 1
-  float scale_log2;   // scale * log2(e)
+  int tile_tokens;     // 128 / G
+  int group_inverse;   // 65536 / G + 1
+  float scale_log2;    // scale * log2(e)
 
   /* i / G for 0 <= i < 128 */
   __device__ __forceinline__ int token_of(int i) const { return i * group_inverse >> 16; }
@@ -79,19 +79,13 @@ struct Segment {
   Shares shares;
 };
 
-/* Thread 0 looks for work. kStep: positions that are computed at a time. */
-template <int kStep>
-struct Planner {
-  Count ends[kPlanThreads];   // of the rows up to those of each thread
-  int tails[kPlanThreads];    // see `start`
-  Count before;           // of `row`
-  i64 share, at, end;     // of this block, in positions of all rows and heads
-  i64 tile_at;            // where the tile that `at` is in begins
-  int longest;  // tile of all, in positions
-  int row, kv_head, tile;
-  u32 row_end;    // of the whole tiles up to `row`, of all KV heads
-  u32 next;       // whole tile
-  bool is_whole;  // tiles are not shared
+/* What is where among the rows of a step, in shared memory. */
+struct RowIndex {
+  Count ends[kPlanThreads];  // of the rows up to those of each thread
+  int tails[kPlanThreads];   // see `Planner::start`; the first is that of all rows
+  int longest;               // tile of all, in positions
+  int row;                   // that was found
+  Count before;              // of that row
 
   /* By kPlanThreads threads. */
   __device__ __forceinline__ void scan(const PrefillArguments& a) {
@@ -110,6 +104,96 @@ struct Planner {
     if (threadIdx.x < kWarpSize) scan_threads(threadIdx.x);
     sync_threads<kPlanBarrier, kPlanThreads>();
   }
+
+  /* The row that item `x` of one KV head is in, and what is before it; by thread 0. */
+  template <typename Measure>
+  __device__ __forceinline__ void find_row(const PrefillArguments& a, i64 x, Measure measure) {
+    int low = 0, high = kPlanThreads - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (measure(ends[middle]) > x) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    before = low ? ends[low - 1] : Count{0, 0, 0};
+    for (row = low * rows_each(a);; ++row) {
+      const Chunk chunk(a, row);
+      Count until = chunk.count(a, chunk.num_tiles);
+      until.add(before);
+      if (measure(until) > x) return;
+      before = until;
+    }
+  }
+
+  __device__ __forceinline__ u32 num_tiles(const PrefillArguments& a) const {
+    return static_cast<u32>(ends[kPlanThreads - 1].tiles) * a.num_kv_heads;
+  }
+
+ private:
+  __device__ __forceinline__ static int rows_each(const PrefillArguments& a) {
+    return (a.num_rows + kPlanThreads - 1) / kPlanThreads;
+  }
+
+  /* From what each thread has to what those up to it have; tails[0] is the longest of all. */
+  __device__ __forceinline__ void scan_threads(int lane) {
+    constexpr int kEach = kPlanThreads / kWarpSize;
+    Count sum{0, 0, 0};
+    int tail = 0;
+    for (int i = lane * kEach; i < lane * kEach + kEach; ++i) {
+      sum.add(ends[i]);
+      tail = max(tail, tails[i]);
+    }
+    const i64 own_positions = sum.positions;
+    const int own_tiles = sum.tiles;
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const Count other{__shfl_up_sync(kAllLanes, sum.positions, offset),
+                        __shfl_up_sync(kAllLanes, sum.tiles, offset),
+                        __shfl_up_sync(kAllLanes, sum.longest, offset)};
+      if (lane >= offset) sum.add(other);
+      tail = max(tail, __shfl_xor_sync(kAllLanes, tail, offset));
+    }
+    Count until{sum.positions - own_positions, sum.tiles - own_tiles, 0};
+    if (lane == kWarpSize - 1) longest = sum.longest;
+    for (int i = lane * kEach; i < lane * kEach + kEach; ++i) {
+      until.add(ends[i]);
+      ends[i] = until;
+    }
+    if (lane == 0) tails[0] = tail;
+  }
+};
+
+template <int kStep>
+__device__ __forceinline__ int to_steps(i64 count) {
+  return static_cast<int>((count + kStep - 1) / kStep);
+}
+
+/* All steps of a tile of a row. */
+template <int kStep>
+__device__ __forceinline__ void set_segment(const PrefillArguments& a, const Chunk& chunk, int row,
+                                            int kv_head, int tile, volatile Segment& segment) {
+  const int first_token = tile * a.tile_tokens;
+  segment.token = chunk.token;
+  segment.num_tokens = chunk.num_tokens;
+  segment.prefix = chunk.prefix;
+  segment.table = a.table_rows ? a.table_rows[row] : row;
+  segment.kv_head = kv_head;
+  segment.first_token = first_token;
+  segment.begin = 0;
+  segment.end =
+      to_steps<kStep>(chunk.prefix + min(first_token + a.tile_tokens, chunk.num_tokens));
+}
+
+/* Thread 0 looks for work. kStep: positions that are computed at a time. */
+template <int kStep>
+struct Planner : RowIndex {
+  i64 share, at, end;  // of this block, in positions of all rows and heads
+  i64 tile_at;         // where the tile that `at` is in begins
+  int kv_head, tile;
+  u32 row_end;    // of the whole tiles up to `row`, of all KV heads
+  u32 next;       // whole tile
+  bool is_whole;  // tiles are not shared
 
   /* By thread 0, as all that follows. */
   __device__ __forceinline__ void start(const PrefillArguments& a) {
@@ -143,10 +227,6 @@ struct Planner {
   }
 
  private:
-  __device__ __forceinline__ u32 num_tiles(const PrefillArguments& a) const {
-    return static_cast<u32>(ends[kPlanThreads - 1].tiles) * a.num_kv_heads;
-  }
-
   /* Tile `index` of all, which is asked for in rising order; the longest of a row come first. */
   __device__ __forceinline__ void find_tile(const PrefillArguments& a, u32 index,
                                             volatile Segment& segment) {
@@ -160,7 +240,7 @@ struct Planner {
     const bool is_near = chunk.prefix + chunk.num_tokens <= a.near_positions;
     kv_head = is_near ? in_row % num_heads : in_row / num_tiles;
     tile = num_tiles - 1 - (is_near ? in_row / num_heads : in_row % num_tiles);
-    set_segment(a, chunk, segment);
+    set_segment<kStep>(a, chunk, row, kv_head, tile, segment);
     segment.shares.first = segment.shares.last = blockIdx.x;
   }
 
@@ -193,9 +273,9 @@ struct Planner {
     const i64 tile_end =
         tile_at + chunk.prefix + static_cast<i64>(tile + 1) * a.tile_tokens;
     const i64 until = min(end, tile_end);
-    set_segment(a, chunk, segment);
-    if (until < tile_end) segment.end = min(segment.end, to_steps(until - tile_at));
-    segment.begin = min(segment.end, to_steps(at - tile_at));
+    set_segment<kStep>(a, chunk, row, kv_head, tile, segment);
+    if (until < tile_end) segment.end = min(segment.end, to_steps<kStep>(until - tile_at));
+    segment.begin = min(segment.end, to_steps<kStep>(at - tile_at));
     segment.shares.first = static_cast<int>(tile_at / share);
     segment.shares.last = static_cast<int>((tile_end - 1) / share);
     at = until;
@@ -204,62 +284,6 @@ struct Planner {
       go_on(a, chunk.num_tiles);
     }
     return true;
-  }
-
-  __device__ __forceinline__ static int to_steps(i64 count) {
-    return static_cast<int>((count + kStep - 1) / kStep);
-  }
-  __device__ __forceinline__ static int rows_each(const PrefillArguments& a) {
-    return (a.num_rows + kPlanThreads - 1) / kPlanThreads;
-  }
-
-  /* From what each thread has to what those up to it have; tails[0] is the longest of all. */
-  __device__ __forceinline__ void scan_threads(int lane) {
-    constexpr int kEach = kPlanThreads / kWarpSize;
-    Count sum{0, 0, 0};
-    int tail = 0;
-    for (int i = lane * kEach; i < lane * kEach + kEach; ++i) {
-      sum.add(ends[i]);
-      tail = max(tail, tails[i]);
-    }
-    const i64 own_positions = sum.positions;
-    const int own_tiles = sum.tiles;
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const Count other{__shfl_up_sync(kAllLanes, sum.positions, offset),
-                        __shfl_up_sync(kAllLanes, sum.tiles, offset),
-                        __shfl_up_sync(kAllLanes, sum.longest, offset)};
-      if (lane >= offset) sum.add(other);
-      tail = max(tail, __shfl_xor_sync(kAllLanes, tail, offset));
-    }
-    Count until{sum.positions - own_positions, sum.tiles - own_tiles, 0};
-    if (lane == kWarpSize - 1) longest = sum.longest;
-    for (int i = lane * kEach; i < lane * kEach + kEach; ++i) {
-      until.add(ends[i]);
-      ends[i] = until;
-    }
-    if (lane == 0) tails[0] = tail;
-  }
-
-  /* The row that item `x` of one KV head is in, and what is before it. */
-  template <typename Measure>
-  __device__ __forceinline__ void find_row(const PrefillArguments& a, i64 x, Measure measure) {
-    int low = 0, high = kPlanThreads - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (measure(ends[middle]) > x) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    before = low ? ends[low - 1] : Count{0, 0, 0};
-    for (row = low * rows_each(a);; ++row) {
-      const Chunk chunk(a, row);
-      Count until = chunk.count(a, chunk.num_tiles);
-      until.add(before);
-      if (measure(until) > x) return;
-      before = until;
-    }
   }
 
   /* To the tile after this one; the rows may end there. */
@@ -271,19 +295,6 @@ struct Planner {
     do {
       ++row;
     } while (row < a.num_rows && Chunk(a, row).num_tiles == 0);
-  }
-
-  __device__ __forceinline__ void set_segment(const PrefillArguments& a, const Chunk& chunk,
-                                              volatile Segment& segment) {
-    segment.token = chunk.token;
-    segment.num_tokens = chunk.num_tokens;
-    segment.prefix = chunk.prefix;
-    segment.table = a.table_rows ? a.table_rows[row] : row;
-    segment.kv_head = kv_head;
-    segment.first_token = tile * a.tile_tokens;
-    segment.begin = 0;
-    segment.end = to_steps(
-        chunk.prefix + min(segment.first_token + a.tile_tokens, chunk.num_tokens));
   }
 };
 
