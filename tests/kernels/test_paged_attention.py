@@ -13,7 +13,7 @@ from ember_pp.kernels import Ops, PagedRows
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.kernels.paged_attention import PagedAttention
 from kernel_backends import BACKENDS, cpu_ops, open_backend
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
+from numeric import assert_bitwise_equal, assert_close, attention_tolerance
 
 NUM_FREE_BLOCKS = 3
 """Blocks of the cache that no row has."""
@@ -181,7 +181,7 @@ def assert_attends(output: Tensor, case: Case, rows: list[tuple[int, int]]) -> N
     assert output.dtype == case.query.dtype
     longest = max(context_len for _, context_len in rows)
     is_row = torch.tensor([n > 0 for query_len, n in rows for _ in range(query_len)])
-    tolerance = sum_tolerance(output.dtype, longest) * 2
+    tolerance = attention_tolerance(output.dtype, longest)
     assert_close(output.cpu()[is_row], case.expected[is_row], tolerance)
 
 
@@ -323,7 +323,7 @@ def test_a_captured_step_takes_what_its_tensors_hold(
         output.fill_(float("nan"))
         graph.replay()
         count = sum(query_len for query_len, _ in rows)
-        tolerance = sum_tolerance(torch.bfloat16, max(n for _, n in rows)) * 2
+        tolerance = attention_tolerance(torch.bfloat16, max(n for _, n in rows))
         assert_close(output[:count], case.expected[:count], tolerance, str(rows))
         assert bool(output[count:].isnan().all()), "padding was written"
 
@@ -404,7 +404,7 @@ def test_a_padded_step_gives_its_rows_the_same(rows: str, head_dim: int, backend
     case = make_case(ROWS[rows], head_dim=head_dim, dtype=torch.bfloat16, device=device)
     num_tokens = len(case.query)
     padded = as_in_a_graph(case, num_rows=len(ROWS[rows]) + 5, num_tokens=num_tokens + 40)
-    tolerance = sum_tolerance(torch.bfloat16, max(n for _, n in ROWS[rows])) * 2
+    tolerance = attention_tolerance(torch.bfloat16, max(n for _, n in ROWS[rows]))
     assert_close(padded.run(ops)[:num_tokens], case.expected, tolerance)
 
 
