@@ -36,7 +36,7 @@ from benchmarks.conditions import conditions, gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.json"
-MOST_WORKERS = 8
+MOST_WORKERS = 10
 """Test processes at once: each has a context on the card, and builds kernels on a core."""
 CORES_FOR_SEVERAL = 12
 """With fewer, steps that could run at the same time run one after another."""
