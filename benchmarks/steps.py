@@ -48,7 +48,7 @@ CUDA = torch.device("cuda", 0)
 BLOCK_SIZE = 16
 STEPS = 30
 """Of one measurement: contexts grow by as much."""
-REPEATS = 7
+REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
