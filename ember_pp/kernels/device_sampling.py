@@ -17,7 +17,6 @@ _PACK = 8
 _CLUSTERS_FROM = 90
 """Compute capability, times ten, from which thread blocks can share a row."""
 _CLUSTER, _THREADS = 8, 256
-_BLOCKS_PER_MULTIPROCESSOR = 4
 _MOST_SLICE_BYTES = 40 * 1024
 """Of a row that a thread block keeps in shared memory: with the rest, below the 48 KiB that need
 no opt-in, and five thread blocks fit on a multiprocessor of an H100."""
@@ -28,7 +27,6 @@ class DeviceSampling:
 
     def __init__(self, kernels: KernelSet) -> None:
         self._kernels = kernels
-        self._num_running = kernels.num_multiprocessors * _BLOCKS_PER_MULTIPROCESSOR // _CLUSTER
         self._blocks = _CLUSTER if kernels.architecture >= _CLUSTERS_FROM else 1
 
     def sample_tokens(
@@ -39,7 +37,7 @@ class DeviceSampling:
         num_rows, vocab_size = logits.shape
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
         template, shared_bytes = self._template(logits)
-        kernel = self._kernels.get("sampling.cuh", f"sample_tokens_kernel<{template}>", "PPPPPii")
+        kernel = self._kernels.get("sampling.cuh", f"sample_tokens_kernel<{template}>", "PPPPPi")
         if num_rows:
             arguments = (
                 logits.data_ptr(),
@@ -48,7 +46,6 @@ class DeviceSampling:
                 params.table.data_ptr(),
                 token_ids.data_ptr(),
                 vocab_size,
-                self._num_running,
             )
             grid = (num_rows * self._blocks, 1)
             kernel.launch(grid, _THREADS, arguments, shared_bytes=shared_bytes)

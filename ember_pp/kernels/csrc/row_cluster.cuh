@@ -231,18 +231,6 @@ struct RowSlice {
     return sum;
   }
 
-  /* Ask for the same slice of a later row to come to the second-level cache. */
-  __device__ __forceinline__ void ask_for(int later_row) const {
-#if __CUDA_ARCH__ >= 900
-    const int bytes = min(num_packs, vocab_size / kPackTokens - first_pack) *
-                      static_cast<int>(sizeof(RowPack<Element>));
-    if (threadIdx.x != 0 || !is_aligned || bytes <= 0) return;
-    const Element* first = row + static_cast<i64>(later_row) * vocab_size + token(0);
-    if (reinterpret_cast<u64>(first) % 16) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"(bytes) : "memory");
-#endif
-  }
-
   /* Token id of a thread's largest element; any where it is not finite. */
   __device__ __forceinline__ int token_of(const Largest& largest) const {
     if (largest.pack < 0) return 0;
@@ -397,12 +385,12 @@ __device__ __forceinline__ u32 get_from_block(const u32* place, int rank) {
   return word;
 }
 template <int kBlocks>
-__device__ __forceinline__ uint2 get_from_block(const uint2* place, int rank) {
-  uint2 words;
+__device__ __forceinline__ uint4 get_from_block(const uint4* place, int rank) {
+  uint4 words;
 #if __CUDA_ARCH__ >= 900
   if constexpr (kBlocks > 1) {
-    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(words.x), "=r"(words.y)
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                  : "r"(place_in_block<kBlocks>(place, rank))
                  : "memory");
     return words;

@@ -8,32 +8,33 @@
  *            total; of equal ones the lower ids), min_p. NaN or infinite maximum: -1
  * Shapes     logits [N, V]; slots [N] int32, negative: padding, whose token is 0; positions [N]
  *            int64; params [slots] of 32 bytes; token_ids [N] int64
- * Types      bf16, fp32; scores in fp32 as torch computes them; for sums see sampling_cut.cuh
+ * Types      bf16, fp32; scores in fp32 as torch computes them; sums of weights in whole numbers,
+ *            so they depend on no order. The total of a row without top_k is of fast exponentials,
+ *            added 8 by 8 in fp32: within some 2^-20 of the sum of the weights
  * Mapping    a cluster of thread blocks per row (see row_cluster.cuh). Memory is read once; then
- *            1. the maximum, and a bound that enough tokens reach, from the threads' own maxima
- *            2. few tokens reach it, as nearly always with top_k, min_p, and top_p on likely
- *               texts: they go to the row's first block, which ranks them, cuts and draws
- *            3. else the cut of sampling_cut.cuh, and a draw from all that it leaves. A bound
- *               that most packs fail needs an exponential per pack; what passes is computed in
- *               full. Packs whose largest token cannot win with the largest noise of all, or is
- *               cut away, need no noise
+ *            1. the maximum, and with top_k a bound that at least k tokens reach, from the
+ *               threads' own maxima
+ *            2. top_p without top_k: the total weight
+ *            3. the cut: a histogram of the tokens above a bound over their keys, whole numbers
+ *               that order as the logits do. All blocks add up the bins of all. Where a bin has
+ *               more than one key it is cut into bins itself
+ *            4. the draw. A bound that most packs fail needs an exponential per pack; what passes is
+ *               computed in full. Packs whose largest token cannot win with the largest noise of
+ *               all, or is cut away, need no noise
  * Requires   grid N * kBlocks, 256 threads; shared memory of a slice if it is kept
  * Bound      memory: N * V * sizeof(Element) bytes; without truncation nearly as much arithmetic
- * Tried      the cut of 3. for all: twice the time of a short list where that is enough
+ * Tried      nothing else yet
  * Test       tests/kernels/test_sample_tokens.py          Bench  python -m benchmarks.kernels
  * Source     Gumbel-max; Philox4x32-10: Salmon et al., SC 2011
  */
-#include "sampling_cut.cuh"
+#include "row_cluster.cuh"
 
 namespace ember {
 
-constexpr float kSlack = 1.001f;              // of fast bounds, far above their errors
+constexpr int kBins = 1024, kThreadBins = kBins / kRowThreads;
+constexpr int kAllIds = 0x7fffffff;
+constexpr float kSlack = 1.001f;  // of fast bounds, far above their errors
 constexpr u64 kNone = 0x007fffff00000000ull;  // ranks below any token: -inf
-constexpr int kListed = kRowThreads;          // tokens that the row's first block ranks
-
-/* Threads of each block that reach the bound of a short list: leaves room for more of a thread. */
-template <int kBlocks>
-constexpr int kReaching = kListed / kBlocks * 5 / 8;
 
 /* SlotParams.table */
 struct DrawRecord {
@@ -55,6 +56,8 @@ struct Philox {
   /* Words of tokens 4 * block .. 4 * block + 3. */
   __device__ __forceinline__ uint4 words(u32 block) const {
     u32 c0 = block, c1 = position, c2 = 0, c3 = 0, k0 = key0, k1 = key1;
+    // Keys of all rounds, kept from token to token, are more registers than there are.
+    asm volatile("" : "+r"(k0), "+r"(k1));
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
       u32 low0, high0, low1, high1;
@@ -69,209 +72,403 @@ struct Philox {
     }
     return make_uint4(c0, c1, c2, c3);
   }
+
+  /* As sampling.gumbel_noise. */
+  __device__ __forceinline__ float noise(u32 token) const {
+    const uint4 all = words(token / 4);
+    const u32 half = token & 2 ? (token & 1 ? all.w : all.z) : (token & 1 ? all.y : all.x);
+    const float uniform = (__uint2float_rn(half) + 0.5f) * 2.3283064365386963e-10f;
+    return -logf(-log1pf(-fminf(uniform, 1.0f - 5.9604644775390625e-08f)));
+  }
 };
 
-/* As sampling.gumbel_noise. */
-__device__ __noinline__ float noise_of(u32 key0, u32 key1, u32 position, u32 token) {
-  const uint4 all = Philox{key0, key1, position}.words(token / 4);
-  const u32 half = token & 2 ? (token & 1 ? all.w : all.z) : (token & 1 ? all.y : all.x);
-  const float uniform = (__uint2float_rn(half) + 0.5f) * 2.3283064365386963e-10f;
-  return -logf(-log1pf(-fminf(uniform, 1.0f - 5.9604644775390625e-08f)));
-}
+/* Keys low .. high in bins of 2^shift, the largest first. */
+struct Level {
+  u32 low, high;
+  int shift;
+  u64 before;  // mass above `high`
+
+  /* Bins of weights take twice the room, and are not needed where a bin is one key. */
+  __device__ __forceinline__ Level(u32 low, u32 high, u64 before, bool by_weight)
+      : low(low), high(high), before(before) {
+    const int bits = kWarpSize - __clz(static_cast<int>(high - low));
+    shift = bits <= 10 ? 0 : bits - (by_weight ? 9 : 10);
+  }
+  __device__ __forceinline__ Level inside(int bin, u64 mass_before, bool by_weight) const {
+    const u32 top = high - (static_cast<u32>(bin) << shift);
+    const u32 size = 1u << shift;
+    return Level(top - low < size ? low : top - size + 1, top, mass_before, by_weight);
+  }
+};
+
+/* The bin at which a target is reached; negative: it is not. */
+struct Crossing {
+  int bin;
+  u64 before, mass;
+};
 
 template <int kBlocks>
 struct SampleShared {
-  CutShared<kBlocks> cut;
-  u64 largest[kBlocks], bounds[kBlocks], bests[kBlocks];
-  u64 num_listed[kBlocks], totals[kBlocks], listed_weights[kBlocks];
-  u64 list[kListed];  // of the row's first block; each block has its part
+  uint4 bins[kBins / 4];  // counts, or kBins / 2 sums of weights
+  u64 largest[kBlocks], bounds[kBlocks], weights[kBlocks], bests[kBlocks];
+  u64 places[2][kRowWarps];
   u64 best;
-  int count;
+  Crossing crossing;
+  int last_id;
+};
+
+/* What is kept: elements above `value`, and of those equal to it the ids up to `last_id`. */
+struct Cut {
+  float value;
+  int last_id;
 };
 
 template <typename Element, int kBlocks, bool kResident>
 struct RowDraw {
   using Slice = RowSlice<Element, kBlocks, kResident>;
-  static constexpr int kShare = kListed / kBlocks;
+  using Key = KeyOf<Element>;
+  using Shared = SampleShared<kBlocks>;
 
   const Slice& slice;
-  const RowScale& scale;
-  const DrawRecord& settings;
-  const Philox& philox;
-  SampleShared<kBlocks>& shared;
-  RowBins<Element, kBlocks, kResident>& bins;
+  Shared& shared;
+  float max, temperature, per_log2;  // per_log2 = log2(e) / temperature
+  int turn = 0;
+  bool are_bins_clear = true;
 
-  /* Of a token that top_k and top_p keep; kNone if min_p does not. */
-  __device__ __forceinline__ u64 rank_of(float x, int token) const {
-    const float score = scale.scaled(x);
-    if (settings.min_p > 0.0f && !(expf(score) >= settings.min_p)) return kNone;
-    return ranked(score + noise_of(philox.key0, philox.key1, philox.position, token), token);
+  __device__ __forceinline__ RowDraw(const Slice& slice, Shared& shared, float max,
+                                     float temperature)
+      : slice(slice), shared(shared), max(max), temperature(temperature),
+        per_log2(kLog2e / temperature) {}
+
+  __device__ __forceinline__ u64* places() { return shared.places[turn ^= 1]; }
+  __device__ __forceinline__ u32* counts() const { return reinterpret_cast<u32*>(shared.bins); }
+  __device__ __forceinline__ u64* sums() const { return reinterpret_cast<u64*>(shared.bins); }
+
+  __device__ __forceinline__ float scaled(float x) const {
+    return __fdiv_rn(x - max, temperature);
+  }
+  __device__ __forceinline__ u64 weight(float x) const {
+    return static_cast<u64>(static_cast<i64>(expf(scaled(x)) * kWeightScale));
+  }
+  /* A number that no token with `scaled` of at least `logarithm` is below. */
+  __device__ __forceinline__ float floor_at(float logarithm) const {
+    return max + temperature * (logarithm - 1e-3f) - fabsf(max) * 1e-6f;
   }
 
-  /* Tokens from `floor` into the list; with `by_weight` the total weight too. Where they are too
-   * many for it, or too few for top_p, false; the same in all blocks of the row. */
-  __device__ __forceinline__ bool list_from(float floor, bool by_weight) {
-    const int rank = blockIdx.x % kBlocks;
-    u64 total = 0, weight = 0;
-    if (by_weight) total = slice.sum_of_exponentials(scale.max, scale.per_log2);
-    for_each_from(slice, floor, [&](float x, int token) {
-      const int place = atomicAdd(&shared.count, 1);
-      if (place >= kShare) return;
-      put_in_block<kBlocks>(shared.list + rank * kShare + place, 0, ranked(x, token));
-      if (by_weight) weight += bins.weight(x);
-    });
-    if (by_weight) {
-      total = block_sum(total, bins.places());
-      weight = block_sum(weight, bins.places());
-      share_in_row<kBlocks>(shared.totals, total);
-      share_in_row<kBlocks>(shared.listed_weights, weight);
-    } else {
-      __syncthreads();
-    }
-    share_in_row<kBlocks>(shared.num_listed, shared.count);
-    row_barrier<kBlocks>();
-    bool is_short = true;
-    total = weight = 0;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      is_short = is_short && shared.num_listed[i] <= kShare;
-      total += shared.totals[i];
-      weight += shared.listed_weights[i];
-    }
-    if (!by_weight) return is_short;
-    return is_short && static_cast<double>(weight) >= settings.top_p * static_cast<double>(total);
-  }
-
-  __device__ __forceinline__ u64 total_of_row() const {
-    u64 total = 0;
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) total += shared.totals[i];
-    return total;
-  }
-
-  /* In the row's first block: of the list, by all settings. */
-  __device__ __forceinline__ u64 draw_of_list(int top_k) {
-    u64* sorted = reinterpret_cast<u64*>(shared.cut.bins);
-    const int share = threadIdx.x / kShare, place = threadIdx.x % kShare;
-    const bool is_listed = place < shared.num_listed[share];
-    const u64 own = is_listed ? shared.list[threadIdx.x] : 0;
-    int num_before = 0, num_listed = 0;
-    for (int i = 0; i < kBlocks; ++i) {
-      const int count = shared.num_listed[i];
-      for (int j = 0; j < count; ++j) num_before += shared.list[i * kShare + j] > own;
-      num_listed += count;
-    }
-    if (is_listed) sorted[num_before] = own;
-    __syncthreads();
-    // From here each thread has the token of its own place.
-    const int at = threadIdx.x;
-    const u64 candidate = at < num_listed ? sorted[at] : 0;
-    const float x = value_of(candidate);
-    bool is_kept = at < num_listed && (top_k == 0 || x >= value_of(sorted[top_k - 1]));
-    if (settings.top_p < 1.0) {
-      const u64 weight = is_kept ? bins.weight(x) : 0;
-      const u64 before = sum_before(weight, bins.places());
-      const u64 total = top_k == 0 ? total_of_row() : block_sum(weight, bins.places());
-      is_kept = is_kept && static_cast<double>(before) <
-                               settings.top_p * static_cast<double>(total);
-    }
-    return block_max(is_kept ? rank_of(x, token_of(candidate)) : kNone, bins.places());
-  }
-
-  /* The best of this block's tokens that are left; `seed` is this thread's largest one. */
-  __device__ __forceinline__ u64 draw_of_slice(const Cut& cut, float floor, float seed_value,
-                                               int seed_token) {
-    u64 best = kNone;
-    if (seed_value > minus_infinite() && cut.keeps(seed_value, seed_token)) {
-      best = rank_of(seed_value, seed_token);
-    }
-    best = block_max(best, bins.places());
-    if (threadIdx.x == 0) shared.best = best;
-    __syncthreads();
-    const volatile u32& best_score = reinterpret_cast<const volatile u32*>(&shared.best)[1];
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_from(float floor, Visit visit) const {
     for (int i = threadIdx.x; i < slice.num_packs; i += kRowThreads) {
       const RowPack<Element> pack = slice.get(i);
-      const float largest = pack.max();
-      if (!(largest >= floor)) continue;
-      const float lead = from_ordered_bits(best_score) * kLog2e;
-      const float bound = (largest - scale.max) * scale.per_log2 - lead;
-      if (!(bound > -33.1f)) continue;  // beyond the largest noise
-      const int token = slice.token(i);
-      const uint4 low = philox.words(token / 4), high = philox.words(token / 4 + 1);
-      // noise > d means: -log(1 - u) < exp(-d), of which u < exp(-d) follows.
-      const u32 least = min(min(min(low.x, low.y), min(low.z, low.w)),
-                            min(min(high.x, high.y), min(high.z, high.w)));
-      constexpr float kUnit = 2.3283064365386963e-10f;  // 2^-32
-      if (!(__uint2float_rn(least) * kUnit <= exp2_fast(bound) * kSlack)) continue;
-      const u32 words[kPackTokens] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      u32 chosen = 0;
+      if (!(pack.max() >= floor)) continue;
 #pragma unroll
       for (int j = 0; j < kPackTokens; ++j) {
-        const float x = pack.value(j);
-        const float limit = exp2_fast((x - scale.max) * scale.per_log2 - lead) * kSlack;
-        const bool may_win = __uint2float_rn(words[j]) * kUnit <= limit;
-        if (may_win && x > minus_infinite() && x >= floor && cut.keeps(x, token + j)) {
-          chosen |= 1u << j;
-        }
-      }
-      while (chosen) {
-        const int j = __ffs(static_cast<int>(chosen)) - 1;
-        chosen &= chosen - 1;
-        const u64 rank = rank_of(slice.element(i, j), token + j);
-        if (rank > kNone) atomicMax(&shared.best, rank);
+        if (pack.value(j) >= floor) visit(pack.value(j));
       }
     }
-    __syncthreads();
-    return shared.best;
   }
+
+  /* Sum over the row's blocks, which call it once. */
+  __device__ __forceinline__ u64 row_sum(u64 x) {
+    share_in_row<kBlocks>(shared.weights, block_sum(x, places()));
+    row_barrier<kBlocks>();
+    u64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) sum += shared.weights[i];
+    return sum;
+  }
+
+  __device__ __forceinline__ u64 total_weight() {
+    return row_sum(slice.sum_of_exponentials(max, per_log2));
+  }
+
+  __device__ __forceinline__ u64 weight_from(float floor) {
+    u64 sum = 0;
+    for_each_from(floor, [&](float x) { sum += weight(x); });
+    return row_sum(sum);
+  }
+
+  __device__ __forceinline__ void fill_bins(const Level& level, bool is_weighed);
+
+  /* The row's bins, each thread its neighbouring ones: four counts, or two sums and two zeros. */
+  __device__ __forceinline__ void gather_bins(bool is_weighed, u64 (&mass)[kThreadBins]) const;
+
+  /* Counts of a level of single keys to weights, as far as `last_bin`. */
+  __device__ __forceinline__ void weigh(
+      const Level& level, int last_bin, u64 (&mass)[kThreadBins]) const;
+
+  __device__ __forceinline__ Crossing cross(
+      const u64 (&mass)[kThreadBins], int bins_of_thread, u64 before, double target);
+
+  /* The single key at which the count or weight of the tokens from above reaches `target`:
+   * `level` is then of single keys, and `counts_of_bins` are this thread's of it. */
+  __device__ __forceinline__ Crossing find(
+      Level& level, bool by_weight, double target, u64 (&counts_of_bins)[kThreadBins]);
+
+  /* Id of the n-th (from 1) element of this block equal to `value`. */
+  __device__ __forceinline__ int nth_id(float value, u64 n);
+
+  /* `kept` of the row's elements of a bin of one key stay, lower ids first. */
+  __device__ __forceinline__ int last_id_of(float value, int bin, u64 kept);
+
+  /* Where top_p's share ends in a bin of one key. */
+  __device__ __forceinline__ Cut cut_in_bin(
+      const Level& level, const Crossing& crossing, double target);
+
+  /* top_k and top_p. */
+  __device__ __forceinline__ Cut truncate(int top_k, double top_p);
+
+  /* The best of this block's tokens that are left; `seed` is this thread's largest one. */
+  __device__ __forceinline__ u64 draw(
+      const Philox& philox, const Cut& cut, float min_p, float seed_value, int seed_token);
 };
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ void RowDraw<Element, kBlocks, kResident>::fill_bins(
+    const Level& level, bool is_weighed) {
+  if (!are_bins_clear) {
+    row_barrier<kBlocks>();  // other blocks have read them
+    shared.bins[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+  }
+  are_bins_clear = false;
+  for_each_from(Key::value(level.low), [&](float x) {
+    const u32 distance = level.high - Key::of(x);
+    if (distance > level.high - level.low) return;  // above
+    if (is_weighed) {
+      atomicAdd(sums() + (distance >> level.shift), weight(x));
+    } else {
+      atomicAdd(counts() + (distance >> level.shift), 1u);
+    }
+  });
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ void RowDraw<Element, kBlocks, kResident>::gather_bins(
+    bool is_weighed, u64 (&mass)[kThreadBins]) const {
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) mass[i] = 0;
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    const int rank = (blockIdx.x + i) % kBlocks;
+    const uint4 words = get_from_block<kBlocks>(shared.bins + threadIdx.x, rank);
+    if (is_weighed) {
+      mass[0] += static_cast<u64>(words.y) << 32 | words.x;
+      mass[1] += static_cast<u64>(words.w) << 32 | words.z;
+    } else {
+      mass[0] += words.x;
+      mass[1] += words.y;
+      mass[2] += words.z;
+      mass[3] += words.w;
+    }
+  }
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ void RowDraw<Element, kBlocks, kResident>::weigh(
+    const Level& level, int last_bin, u64 (&mass)[kThreadBins]) const {
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) {
+    const int bin = threadIdx.x * kThreadBins + i;
+    if (bin > last_bin) mass[i] = 0;
+    if (mass[i]) mass[i] *= weight(Key::value(level.high - bin));
+  }
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ Crossing RowDraw<Element, kBlocks, kResident>::cross(
+    const u64 (&mass)[kThreadBins], int bins_of_thread, u64 before, double target) {
+  if (threadIdx.x == 0) shared.crossing.bin = -1;
+  u64 own = 0;
+#pragma unroll
+  for (int i = 0; i < kThreadBins; ++i) own += mass[i];
+  before += sum_before(own, places());
+  if (static_cast<double>(before) < target && static_cast<double>(before + own) >= target) {
+#pragma unroll
+    for (int i = 0; i < kThreadBins; ++i) {
+      const bool is_reached = static_cast<double>(before + mass[i]) >= target;
+      if (is_reached && static_cast<double>(before) < target) {
+        shared.crossing = {static_cast<int>(threadIdx.x) * bins_of_thread + i, before, mass[i]};
+      }
+      before += mass[i];
+    }
+  }
+  __syncthreads();
+  return shared.crossing;
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ Crossing RowDraw<Element, kBlocks, kResident>::find(
+    Level& level, bool by_weight, double target, u64 (&counts_of_bins)[kThreadBins]) {
+  while (true) {
+    const bool is_weighed = by_weight && level.shift > 0;
+    fill_bins(level, is_weighed);
+    row_barrier<kBlocks>();
+    gather_bins(is_weighed, counts_of_bins);
+    u64 mass[kThreadBins];
+#pragma unroll
+    for (int i = 0; i < kThreadBins; ++i) mass[i] = counts_of_bins[i];
+    if (by_weight && !is_weighed) weigh(level, kBins, mass);
+    const Crossing crossing =
+        cross(mass, is_weighed ? kThreadBins / 2 : kThreadBins, level.before, target);
+    if (crossing.bin < 0 || level.shift == 0) return crossing;
+    level = level.inside(crossing.bin, crossing.before, by_weight);
+  }
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ int RowDraw<Element, kBlocks, kResident>::nth_id(
+    float value, u64 n) {
+  const int share = (slice.num_packs + kRowThreads - 1) / kRowThreads;
+  const int begin = threadIdx.x * share, end = min(begin + share, slice.num_packs);
+  u32 found = 0;
+  for (int i = begin; i < end; ++i) {
+    const RowPack<Element> pack = slice.get(i);
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) found += pack.value(j) == value;
+  }
+  u64 before = sum_before(found, places());
+  if (before < n && before + found >= n) {
+    for (int i = begin; i < end; ++i) {
+      const RowPack<Element> pack = slice.get(i);
+#pragma unroll
+      for (int j = 0; j < kPackTokens; ++j) {
+        before += pack.value(j) == value;
+        if (pack.value(j) == value && before == n) shared.last_id = slice.token(i) + j;
+      }
+    }
+  }
+  __syncthreads();
+  return shared.last_id;
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ int RowDraw<Element, kBlocks, kResident>::last_id_of(
+    float value, int bin, u64 kept) {
+  const int lane = threadIdx.x % kWarpSize, rank = blockIdx.x % kBlocks;
+  const u64 count = lane < kBlocks ? get_from_block<kBlocks>(counts() + bin, lane) : 0;
+  const u64 before = warp_sum(lane < rank ? count : 0);
+  const u64 here = __shfl_sync(kAllLanes, count, rank);
+  if (kept >= before + here) return kAllIds;
+  if (kept <= before) return -1;
+  return nth_id(value, kept - before);
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ Cut RowDraw<Element, kBlocks, kResident>::cut_in_bin(
+    const Level& level, const Crossing& crossing, double target) {
+  const float value = Key::value(level.high - crossing.bin);
+  const u64 each = weight(value), count = crossing.mass / each;
+  u64 kept = static_cast<u64>(ceil((target - static_cast<double>(crossing.before)) / each));
+  kept = kept < 1 ? 1 : (kept > count ? count : kept);
+  while (kept > 1 && static_cast<double>(crossing.before + (kept - 1) * each) >= target) --kept;
+  while (kept < count && static_cast<double>(crossing.before + kept * each) < target) ++kept;
+  return {value, last_id_of(value, crossing.bin, kept)};
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ Cut RowDraw<Element, kBlocks, kResident>::truncate(
+    int top_k, double top_p) {
+  Cut cut{minus_infinite(), kAllIds};
+  const u32 top = Key::of(max);
+  u64 counts_of_bins[kThreadBins];
+  if (top_k > 0) {
+    u64 bound = shared.bounds[0];
+#pragma unroll
+    for (int i = 1; i < kBlocks; ++i) bound = min(bound, shared.bounds[i]);
+    Level level(static_cast<u32>(bound), top, 0, false);
+    const bool is_whole = level.shift == 0;
+    const Crossing crossing = find(level, false, top_k, counts_of_bins);
+    if (crossing.bin >= 0) cut.value = Key::value(level.high - crossing.bin);
+    if (top_p < 1.0 && is_whole && crossing.bin >= 0) {
+      weigh(level, crossing.bin, counts_of_bins);
+      u64 own = 0;
+#pragma unroll
+      for (int i = 0; i < kThreadBins; ++i) own += counts_of_bins[i];
+      const double target = top_p * static_cast<double>(block_sum(own, places()));
+      const Crossing share_end = cross(counts_of_bins, kThreadBins, 0, target);
+      return share_end.bin < 0 ? cut : cut_in_bin(level, share_end, target);
+    }
+  }
+  if (!(top_p < 1.0)) return cut;
+  const u64 total = top_k > 0 ? weight_from(cut.value) : total_weight();
+  // What lies below `share` of the largest weight adds up to less than 1 - top_p.
+  const float share = (0.999f * static_cast<float>(1.0 - top_p) - 1e-6f) *
+                      (static_cast<float>(total) / kWeightScale) / slice.vocab_size;
+  const float floor = fmaxf(floor_at(fmaxf(logf(share), -27.75f)), cut.value);
+  const double target = top_p * static_cast<double>(total);
+  Level level(Key::of(floor), top, 0, true);
+  const Crossing crossing = find(level, true, target, counts_of_bins);
+  if (crossing.bin < 0) return {Key::value(level.low), kAllIds};
+  return cut_in_bin(level, crossing, target);
+}
+
+template <typename Element, int kBlocks, bool kResident>
+__device__ __forceinline__ u64 RowDraw<Element, kBlocks, kResident>::draw(
+    const Philox& philox, const Cut& cut, float min_p, float seed_value, int seed_token) {
+  const auto is_kept = [&](float x, int token) {
+    return x > cut.value || (x == cut.value && token <= cut.last_id);
+  };
+  const auto rank_of = [&](float x, int token) {
+    const float score = scaled(x);
+    if (min_p > 0.0f && !(expf(score) >= min_p)) return kNone;
+    return ranked(score + philox.noise(token), token);
+  };
+  u64 best = kNone;
+  if (seed_value > minus_infinite() && is_kept(seed_value, seed_token)) {
+    best = rank_of(seed_value, seed_token);
+  }
+  best = block_max(best, places());
+  if (threadIdx.x == 0) shared.best = best;
+  __syncthreads();
+
+  const float floor =
+      min_p > 0.0f ? fmaxf(cut.value, floor_at(logf(min_p))) : cut.value;
+  volatile u64& shared_best = shared.best;
+  for (int i = threadIdx.x; i < slice.num_packs; i += kRowThreads) {
+    const RowPack<Element> pack = slice.get(i);
+    const float largest = pack.max();
+    if (!(largest >= floor)) continue;
+    const float lead = value_of(shared_best) * kLog2e;
+    const float bound = (largest - max) * per_log2 - lead;
+    if (!(bound > -33.1f)) continue;  // beyond the largest noise
+    const int token = slice.token(i);
+    const uint4 low = philox.words(token / 4), high = philox.words(token / 4 + 1);
+    // noise > d means: -log(1 - u) < exp(-d), of which u < exp(-d) follows.
+    const u32 least = min(min(min(low.x, low.y), min(low.z, low.w)),
+                          min(min(high.x, high.y), min(high.z, high.w)));
+    constexpr float kUnit = 2.3283064365386963e-10f;  // 2^-32
+    if (!(__uint2float_rn(least) * kUnit <= exp2_fast(bound) * kSlack)) continue;
+    const u32 words[kPackTokens] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    u32 chosen = 0;
+#pragma unroll
+    for (int j = 0; j < kPackTokens; ++j) {
+      const float x = pack.value(j), limit = exp2_fast((x - max) * per_log2 - lead) * kSlack;
+      const bool may_win = __uint2float_rn(words[j]) * kUnit <= limit;
+      if (may_win && x > minus_infinite() && x >= floor && is_kept(x, token + j)) {
+        chosen |= 1u << j;
+      }
+    }
+    while (chosen) {
+      const int j = __ffs(static_cast<int>(chosen)) - 1;
+      chosen &= chosen - 1;
+      const u64 rank = rank_of(slice.element(i, j), token + j);
+      if (rank > shared_best) atomicMax(&shared.best, rank);
+    }
+  }
+  __syncthreads();
+  return shared.best;
+}
 
 /* Largest key that at least `wanted` of the block's threads reach. */
 template <typename Element>
 __device__ __forceinline__ u32 reached_key(u32 key, int wanted) {
   u32 reached = 0;
-#pragma unroll 1
+#pragma unroll
   for (int bit = 8 * sizeof(Element) - 1; bit >= 0; --bit) {
     const u32 trial = reached | 1u << bit;
     if (__syncthreads_count(key >= trial) >= wanted) reached = trial;
   }
   return reached;
-}
-
-/* A token of a row whose maximum is known; in the row's first block. */
-template <typename Element, int kBlocks, bool kResident>
-__device__ __forceinline__ u64 draw_row(RowDraw<Element, kBlocks, kResident>& draw, int top_k,
-                                        bool is_bound, float seed_value, int seed_token) {
-  const DrawRecord& settings = draw.settings;
-  SampleShared<kBlocks>& shared = draw.shared;
-  const bool by_weight = top_k == 0 && settings.top_p < 1.0;
-  u64 lowest = shared.bounds[0], highest = lowest;
-#pragma unroll
-  for (int i = 1; i < kBlocks; ++i) {
-    lowest = min(lowest, shared.bounds[i]);
-    highest = max(highest, shared.bounds[i]);
-  }
-  const float min_p_floor = settings.min_p > 0.0f ? draw.scale.floor_at(logf(settings.min_p))
-                                                  : minus_infinite();
-  if (is_bound || (top_k == 0 && !by_weight && settings.min_p > 0.0f)) {
-    // Of top_k all must be listed whose weights its total has, so min_p does not raise the floor.
-    const float floor = is_bound ? KeyOf<Element>::value(by_weight ? highest : lowest)
-                                 : min_p_floor;
-    if (draw.list_from(floor, by_weight)) {
-      return blockIdx.x % kBlocks == 0 ? draw.draw_of_list(top_k) : 0;
-    }
-  }
-  Cut cut{minus_infinite(), kAllIds};
-  if (top_k > 0) {
-    cut = cut_by_count(draw.bins, top_k, static_cast<u32>(lowest), settings.top_p);
-  } else if (by_weight) {
-    cut = cut_by_weight(draw.bins, settings.top_p, draw.total_of_row(), minus_infinite());
-  }
-  const float floor = fmaxf(cut.value, min_p_floor);
-  const u64 best = draw.draw_of_slice(cut, floor, seed_value, seed_token);
-  share_in_row<kBlocks>(shared.bests, best);
-  row_barrier<kBlocks>();
-  return best_of<kBlocks>(shared.bests);
 }
 
 template <typename Element, int kBlocks, bool kResident>
@@ -281,14 +478,12 @@ __cluster_dims__(kBlocks, 1, 1)
 #endif
     __launch_bounds__(kRowThreads, 4)
         sample_tokens_kernel(const Element* logits, const int* slots, const i64* positions,
-                             const DrawRecord* params, i64* token_ids, int vocab_size,
-                             int num_running) {
+                             const DrawRecord* params, i64* token_ids, int vocab_size) {
   extern __shared__ uint4 kept[];
   __shared__ SampleShared<kBlocks> shared;
   const int row = blockIdx.x / kBlocks;
   const bool is_first = blockIdx.x % kBlocks == 0 && threadIdx.x == 0;
-  shared.cut.bins[threadIdx.x] = make_uint2(0, 0);
-  if (threadIdx.x == 0) shared.count = 0;
+  shared.bins[threadIdx.x] = make_uint4(0, 0, 0, 0);
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int slot = slots[row];
@@ -301,20 +496,17 @@ __cluster_dims__(kBlocks, 1, 1)
   const Philox philox{static_cast<u32>(settings.seed), static_cast<u32>(settings.seed >> 32),
                       static_cast<u32>(positions[row])};
   const RowSlice<Element, kBlocks, kResident> slice(logits, row, vocab_size, kept);
-  // VARIANT_BEFORE
   const Largest largest = slice.load();
-  // VARIANT_AFTER
   const int token = slice.token_of(largest);
   const bool is_greedy = settings.temperature == 0.0f;
   const int top_k = settings.top_k < vocab_size ? settings.top_k : 0;
-  const int wanted = top_k ? (top_k + kBlocks - 1) / kBlocks : kReaching<kBlocks>;
-  const bool has_bound = !is_greedy && (top_k > 0 || settings.top_p < 1.0) &&
-                         wanted <= kRowThreads;
-  u32 bound = KeyOf<Element>::of(minus_infinite());
-  if (has_bound) {
-    bound = max(bound, reached_key<Element>(KeyOf<Element>::of(largest.value), wanted));
+  u32 bound = 0;
+  const int wanted = (top_k + kBlocks - 1) / kBlocks;
+  if (!is_greedy && top_k > 0 && wanted <= kRowThreads) {
+    bound = reached_key<Element>(KeyOf<Element>::of(largest.value), wanted);
   }
-  const u64 here = block_max(ranked(largest.value, token), shared.cut.places[0]);
+  bound = max(bound, KeyOf<Element>::of(minus_infinite()));
+  const u64 here = block_max(ranked(largest.value, token), shared.places[0]);
   wait_in_row<kBlocks>();
   share_in_row<kBlocks>(shared.largest, here);
   share_in_row<kBlocks>(shared.bounds, bound);
@@ -326,11 +518,13 @@ __cluster_dims__(kBlocks, 1, 1)
     if (is_first) token_ids[row] = is_broken ? -1 : token_of(top);
     return;
   }
-  const RowScale scale(max, settings.temperature);
-  RowBins<Element, kBlocks, kResident> bins{slice, scale, shared.cut};
-  RowDraw<Element, kBlocks, kResident> draw{slice, scale, settings, philox, shared, bins};
-  const u64 best = draw_row(draw, top_k, has_bound && wanted <= kReaching<kBlocks>, largest.value, token);
-  if (is_first) token_ids[row] = token_of(best);
+
+  RowDraw<Element, kBlocks, kResident> draw(slice, shared, max, settings.temperature);
+  const Cut cut = draw.truncate(top_k, settings.top_p);
+  const u64 best = draw.draw(philox, cut, settings.min_p, largest.value, token);
+  share_in_row<kBlocks>(shared.bests, best);
+  row_barrier<kBlocks>();
+  if (is_first) token_ids[row] = token_of(best_of<kBlocks>(shared.bests));
 }
 
 }  // namespace ember
