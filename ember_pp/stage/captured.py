@@ -174,7 +174,7 @@ class CapturedSteps:
 
         Returns:
             [N] int32 on the device, good until the next step; and where they were asked for,
-            log-probabilities of them.
+            log-probabilities of them, on the host once the plan has its mark.
         """
         sampler = self._sampler
         assert sampler is not None, "not the last stage"
@@ -202,7 +202,7 @@ class CapturedSteps:
             on_logits(logits[:num_drawn])
         if is_plain:
             return self._draw(shape, logits)[:num_drawn], None
-        sampled = sampler.sample(logits[:num_drawn], sample_slots, rows.sample_positions)
+        sampled = sampler.sample(logits[:num_drawn], sample_slots, rows.sample_positions).to_host()
         return self._end(sampled.token_ids), sampled
 
     # ---------------------------------------------------------------- what may be captured
