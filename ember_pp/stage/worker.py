@@ -86,6 +86,7 @@ class StageWorker:
         """The one whose end turned out to be a failure; None: what fails is being started."""
         self._clock = StageClock()
         self._last_plan = -1
+        self._finished_plan = -1
         self._is_closing = False
 
     def run(self, inbox: SimpleQueue[Message | None]) -> None:
@@ -170,7 +171,7 @@ class StageWorker:
         return StageStats(
             epoch=loaded.message.epoch,
             stage_index=self._stage_index,
-            plan=self._last_plan,
+            plan=self._finished_plan,
             busy_ns=times.busy_ns,
             wait_input_ns=times.wait_input_ns,
             wait_output_ns=times.wait_output_ns,
@@ -297,6 +298,7 @@ class StageWorker:
             if sampled is not None:
                 self._post(sampled)
             self._clock.end_plan(plan)
+            self._finished_plan = plan
 
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:

@@ -6,6 +6,7 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ember_pp import protocol
 from ember_pp.stage.runner import StartedPlan
@@ -47,7 +48,9 @@ class Stage:
         self.device = Device()
         self.worker = StageWorker(0, self.posted.append)
         message = SimpleNamespace(epoch=EPOCH)
-        self.worker._slice = SimpleNamespace(message=message, step_advice=lambda plan: "")
+        self.worker._slice = SimpleNamespace(
+            message=message, device=torch.device("cpu"), step_advice=lambda plan: ""
+        )
         self.worker._runner = self.device
 
     def loop_over(self, *plans):
@@ -80,6 +83,7 @@ def test_plans_are_started_before_those_ahead_of_them_are_done(stage):
     stage.device.num_done = 2
     stage.worker.handle(execute(3))
     assert [sampled.plan for sampled in stage.posted] == [0, 1]
+    assert stage.worker.stats().plan == 1, "the last that is done, not the last that was started"
 
 
 def test_the_end_of_a_plan_needs_no_message_to_be_noticed(stage):
