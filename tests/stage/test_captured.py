@@ -12,6 +12,7 @@ from replayed_graphs import ReplayedGraphs
 
 from ember_pp.kernels import make_ops
 from ember_pp.protocol import OpenSlot, pack_i32
+from ember_pp.stage import captured
 from ember_pp.stage.captured import CapturedSteps, StepLimits
 from ember_pp.stage.model import LayerOutput
 from ember_pp.stage.sampler import Sampler
@@ -39,6 +40,8 @@ class FakeModel:
     def layers(self, token_ids, hidden_states, kv_cache, prepared, on_layer):
         if hidden_states is None:
             hidden_states = token_ids[:, None].expand(-1, WIDTH).float()
+        if on_layer is not None:
+            on_layer(7, hidden_states)
         return LayerOutput(hidden_states, torch.ones_like(hidden_states))
 
     def head(self, output):
@@ -117,13 +120,45 @@ def test_the_last_stage_has_graphs_by_tokens_and_by_rows_that_sample() -> None:
     assert len(graphs.captured) == 2 + 3
 
 
+def test_a_step_of_many_tokens_is_neither_padded_nor_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But its head and draw are captured as those of any other."""
+    monkeypatch.setattr(captured, "MAX_CAPTURED_TOKENS", 50)
+    steps, graphs = make_steps(is_last=True)
+    step = steps.begin(0, chunks((53, True), (8, False)))
+    drawn, _ = steps.draw(step, None, None)
+    assert (step.shape.num_tokens, drawn.tolist()) == (61, [53 % VOCAB_SIZE])
+    assert [key.num_tokens for key in graphs.captured] == [0]
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_is_watched_is_seen_without_padding_and_not_captured(is_last: bool) -> None:
+    steps, graphs = make_steps(is_last=is_last)
+    seen: list[tuple[int, ...]] = []
+    for plan, rows in enumerate((chunks((40, True), (1, True)), decodes(3))):
+        step = steps.begin(plan, rows)
+        assert step.shape.num_tokens > rows.num_tokens
+
+        def on_layer(layer: int, hidden_states: torch.Tensor) -> None:
+            seen.append((layer, len(hidden_states)))
+
+        if is_last:
+            steps.draw(step, on_layer, lambda logits: seen.append(tuple(logits.shape)))
+        else:
+            steps.hidden_states(step, on_layer)
+    logits = [(2, VOCAB_SIZE)], [(3, VOCAB_SIZE)]
+    assert seen == [(7, 41), *logits[0][:is_last], (7, 3), *logits[1][:is_last]]
+    assert not graphs.captured
+
+
 @pytest.mark.parametrize("is_last", [False, True])
 def test_no_plan_without_chunks_waits_for_a_graph(is_last: bool) -> None:
     steps, graphs = make_steps(is_last=is_last)
     steps.warm_up()
-    captured = set(graphs.captured)
+    known = set(graphs.captured)
     for num_rows in range(1, MAX_SLOTS + 1):
         step = steps.begin(num_rows, decodes(num_rows))
         output = steps.draw(step, None, None)[0] if is_last else steps.hidden_states(step, None)
         assert len(output) == num_rows
-    assert set(graphs.captured) == captured
+    assert set(graphs.captured) == known
