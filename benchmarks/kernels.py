@@ -1,8 +1,10 @@
-"""Every CUDA kernel against the bytes that it must move: ``python -m benchmarks.kernels``.
+"""Every CUDA kernel against what it must move or compute: ``python -m benchmarks.kernels``.
 
-The floor of a kernel is its bytes over the read bandwidth that this run measures. Launches are
-captured in a graph, and go through sets of inputs that together exceed the second-level cache
-several times, so none finds its inputs there. Plain torch is timed the same way beside it.
+The floor of a kernel is its bytes over the read bandwidth that this run measures, or the operations
+of its products over the rate of a large product of matrices by torch, whichever takes longer.
+Launches are captured in a graph, and go through sets of inputs that together exceed the
+second-level cache several times, so none finds its inputs there. Plain torch is timed the same way
+beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.conditions import conditions, gpu_conditions
 from ember_pp.kernels import Ops, PagedRows, RopeRows, build, make_ops
@@ -47,6 +51,10 @@ class Case:
     make: Callable[[], Run]
     """Fresh inputs, and a call on them."""
     has_torch: bool = True
+    num_operations: int = 0
+    """Of matrix products, a multiplication and an addition each."""
+    make_torch: Callable[[], Callable[[], object]] | None = None
+    """A call of torch's own to compare with, where the reference is not it."""
 
 
 def random(*shape: int) -> Tensor:
@@ -125,14 +133,17 @@ def qk_norm_rope_store_kv(num_tokens: int, num_heads: int = 32, num_kv_heads: in
 
 
 def paged_attention(
-    contexts: Sequence[int],
+    lens: Sequence[tuple[int, int]],
     shape: str,
     num_heads: int = 32,
     num_kv_heads: int = 8,
     head_dim: int = 128,
     block_size: int = 16,
 ) -> Case:
-    """Decodes over blocks in random order."""
+    """Rows of (new tokens, context) over blocks in random order. Fresh prompts of one length are
+    compared with torch's FlashAttention, which has keys of all query heads side by side."""
+    query_lens, contexts = zip(*lens, strict=True)
+    num_tokens = sum(query_lens)
 
     def make() -> Run:
         blocks_of = [-(-context_len // block_size) for context_len in contexts]
@@ -145,23 +156,48 @@ def paged_attention(
             device=CUDA,
             dtype=torch.bfloat16,
         ).normal_()
+        starts = torch.tensor([0, *query_lens]).cumsum(0)
         rows = PagedRows(
             block_tables=tables.to(CUDA),
             context_lens=torch.tensor(contexts, dtype=torch.int32, device=CUDA),
-            cu_seqlens_q=torch.arange(len(contexts) + 1, dtype=torch.int32, device=CUDA),
-            num_tokens=len(contexts),
-            max_query_len=1,
+            cu_seqlens_q=starts.int().to(CUDA),
+            num_tokens=num_tokens,
+            max_query_len=max(query_lens),
             block_size=block_size,
             dtype=torch.bfloat16,
         )
-        query = random(len(contexts), num_heads, head_dim)
+        _ = rows.lens_of_decodes
+        query = random(num_tokens, num_heads, head_dim)
         scale = head_dim**-0.5
         return lambda ops: ops.paged_attention(query, caches[0], caches[1], rows, scale=scale)
 
+    def make_torch() -> Callable[[], object]:
+        qkv = random(3, len(lens), num_heads, query_lens[0], head_dim)
+
+        def run() -> object:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return scaled_dot_product_attention(*qkv, is_causal=True)
+
+        return run
+
     num_bytes = 2 * num_kv_heads * head_dim * 2 * sum(contexts)
-    num_bytes += 4 * len(contexts) * num_heads * head_dim
-    text = f"{shape} H={num_heads} K={num_kv_heads} d={head_dim} S={block_size}"
-    return Case("paged_attention", text, num_bytes, make, has_torch=False)
+    num_bytes += 4 * num_tokens * num_heads * head_dim
+    pairs = sum(n * context - n * (n - 1) // 2 for n, context in lens if n > 1)
+    is_fresh = len(set(lens)) == 1 and query_lens[0] == contexts[0]
+    return Case(
+        "paged_attention",
+        f"{shape} H={num_heads} K={num_kv_heads} d={head_dim} S={block_size}",
+        num_bytes,
+        make,
+        has_torch=False,
+        num_operations=4 * num_heads * head_dim * pairs,
+        make_torch=make_torch if is_fresh else None,
+    )
+
+
+def decodes(contexts: Sequence[int], shape: str, **heads: int) -> Case:
+    """One new token of each row."""
+    return paged_attention([(1, context_len) for context_len in contexts], shape, **heads)
 
 
 def sampling_logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
@@ -251,18 +287,25 @@ def cases() -> list[Case]:
         *(add_rms_norm(num_tokens) for num_tokens in (1, 64, 256, 8192)),
         *(swiglu(num_tokens) for num_tokens in (1, 64, 256, 8192)),
         *(qk_norm_rope_store_kv(num_tokens) for num_tokens in (1, 64, 256, 8192)),
-        paged_attention([640] * 256, "256 x 640"),
-        paged_attention([640] * 256, "256 x 640", block_size=256),
-        paged_attention([640] * 64, "64 x 640"),
-        paged_attention(mixed, "256 x 1..2048"),
-        paged_attention([2048] * 256, "256 x 2048"),
-        paged_attention([8192] * 8, "8 x 8192"),
-        paged_attention([32768], "1 x 32768"),
-        paged_attention([32768, *[200] * 63], "1 x 32768 + 63 x 200"),
-        paged_attention([256], "1 x 256"),
-        paged_attention([256], "1 x 256", **small),
-        paged_attention([640] * 256, "256 x 640", **small),
-        paged_attention([640] * 256, "256 x 640", num_heads=8, num_kv_heads=4, head_dim=64),
+        decodes([640] * 256, "256 x 640"),
+        decodes([640] * 256, "256 x 640", block_size=256),
+        decodes([640] * 64, "64 x 640"),
+        decodes(mixed, "256 x 1..2048"),
+        decodes([2048] * 256, "256 x 2048"),
+        decodes([8192] * 8, "8 x 8192"),
+        decodes([32768], "1 x 32768"),
+        decodes([32768, *[200] * 63], "1 x 32768 + 63 x 200"),
+        decodes([256], "1 x 256"),
+        decodes([256], "1 x 256", **small),
+        decodes([640] * 256, "256 x 640", **small),
+        decodes([640] * 256, "256 x 640", num_heads=8, num_kv_heads=4, head_dim=64),
+        paged_attention([(2048, 2048)] * 8, "prefill 8 x 2048"),
+        paged_attention([(16384, 16384)], "prefill 1 x 16384"),
+        paged_attention([(2048, 2048)], "prefill 1 x 2048"),
+        paged_attention([(512, 16896)], "prefill 512 after 16384"),
+        paged_attention([(64, 30064)], "prefill 64 after 30000"),
+        paged_attention([(1, 640)] * 64 + [(2048, 2048)] * 2, "64 x 640, prefill 2 x 2048"),
+        paged_attention([(2048, 2048)] * 8, "prefill 8 x 2048", **small),
         *sampling_cases(),
     ]
 
@@ -308,23 +351,38 @@ def read_bandwidth() -> float:
     return data.nbytes / (time_launches([launch] * 4)["us"] * 1e-6)
 
 
-def measure(case: Case, bandwidth: float) -> dict[str, Any]:
+def matrix_rate() -> float:
+    """Operations per second of a large product of matrices by torch."""
+    size = 8192
+    left, right = random(size, size), random(size, size)
+    return 2 * size**3 / (time_launches([lambda: left @ right] * 4)["us"] * 1e-6)
+
+
+def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     """The row of one case."""
     torch.manual_seed(0)
-    num_sets = min(MOST_SETS, max(2, math.ceil(ROTATED_BYTES / case.num_bytes)))
+    num_sets = min(
+        MOST_SETS if case.num_operations < 1e11 else 2,
+        max(2, math.ceil(ROTATED_BYTES / case.num_bytes)),
+    )
     sets = [case.make() for _ in range(num_sets)]
-    sets *= max(1, min(LAUNCHES, 2**32 // case.num_bytes) // num_sets)
+    work = max(case.num_bytes, case.num_operations // 200)  # at 200 operations a byte
+    sets *= max(1, min(LAUNCHES, 2**32 // work) // num_sets)
 
     def timed(kernels: str) -> dict[str, float]:
         ops = make_ops(kernels, CUDA)
         return time_launches([lambda run=run: run(ops) for run in sets])
 
-    floor_us = case.num_bytes / bandwidth * 1e6
+    floor_us = max(case.num_bytes / bandwidth, case.num_operations / rate) * 1e6
     result = timed("cuda")
     row: dict[str, Any] = {"kernel": case.name, "shape": case.shape, "bytes": case.num_bytes}
+    if case.num_operations:
+        row["operations"] = case.num_operations
     row |= {"floor_us": round(floor_us, 2), **result, "ratio": round(floor_us / result["us"], 3)}
     if case.has_torch:
         row["torch_us"] = timed("reference")["us"]
+    elif case.make_torch:
+        row["torch_us"] = time_launches([case.make_torch()] * 4)["us"]
     return row
 
 
@@ -335,11 +393,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.cuda.set_device(CUDA)
-    before = read_bandwidth()
+    before, rate = read_bandwidth(), matrix_rate()
     rows = []
     for case in cases():
         if options.only in case.name:
-            rows.append(measure(case, before))
+            rows.append(measure(case, before, rate))
             row = rows[-1]
             torch.cuda.empty_cache()
             print(
@@ -349,11 +407,13 @@ def main() -> None:
                 flush=True,
             )
     bandwidths = [round(value / 1e9, 1) for value in (before, read_bandwidth())]
-    print(f"read bandwidth before and after: {bandwidths} GB/s")
+    rates = [round(value / 1e12, 1) for value in (rate, matrix_rate())]
+    print(f"read bandwidth before and after: {bandwidths} GB/s, matrix rate {rates} TFLOP/s")
     result = {
         "benchmark": "kernels",
         "conditions": conditions() | gpu_conditions(),
         "read_gb_per_s": bandwidths,
+        "matrix_tflop_per_s": rates,
         "repeats": REPEATS,
         "rows": rows,
     }

@@ -36,7 +36,7 @@ from benchmarks.conditions import conditions, gpu_conditions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu_check.json"
-MOST_WORKERS = 6
+MOST_WORKERS = 10
 """Test processes at once: each has a context on the card, and builds kernels on a core."""
 CORES_FOR_SEVERAL = 12
 """With fewer, steps that could run at the same time run one after another."""
@@ -89,12 +89,12 @@ def make_steps(scratch: Path, sanitizer: str, workers: int) -> list[Step]:
         _launch_step("kernels", [], scratch, together="tests"),
         _pytest_step("tests", ["tests", "--ignore=tests/gpu"], scratch, workers, together="tests"),
         _pytest_step(
-            "oracle", [oracle], scratch, min(workers, 3), together="tests", needs=("transformers",)
+            "oracle", [oracle], scratch, min(workers, 2), together="tests", needs=("transformers",)
         ),
         # A file of these starts its engines once, for all its tests.
-        _pytest_step("engine", others, scratch, min(workers, 4), dist="loadfile"),
-        _pytest_step("memory", [memory], scratch, 1),
+        _pytest_step("engine", others, scratch, min(workers, 3), dist="loadfile", together="tests"),
         *(watched(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
+        _pytest_step("memory", [memory], scratch, 1),
         Step(
             "benchmark",
             [sys.executable, "-m", "benchmarks.kernels"],

@@ -23,6 +23,9 @@ BF16_MEAN_VS_OWN_FP32 = 1.0
 """The same of the mean over positions, which hardly varies: on random models ours is 0.80 to
 0.95 of theirs."""
 
+LOGPROBS_FP32 = 1e-4
+"""Absolute, of log-probabilities down to some -30, with the logarithm of a sum of up to 151,936."""
+
 ROUNDED_ALIKE = 0.02
 """Share of bf16 results that may differ in a bit from an oracle that rounds at the same places:
 those that lie so near to the middle of two numbers that fp32 decides otherwise than double. An
@@ -38,6 +41,12 @@ def sum_tolerance(dtype: torch.dtype, num_terms: int) -> float:
     many outputs. Results are rounded once more at the end.
     """
     return 2.0**-24 * 8 * num_terms**0.5 + 4 * _UNIT_ROUNDOFF[dtype]
+
+
+def attention_tolerance(dtype: torch.dtype, context_len: int) -> float:
+    """Relative error allowed to attention over ``context_len`` positions: a sum of products, and
+    one of values weighted by them."""
+    return sum_tolerance(dtype, context_len) * 2
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

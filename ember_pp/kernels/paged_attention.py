@@ -40,6 +40,8 @@ _DECODE_COUNTERS = 1 << 16
 _PREFILL_TILE = 128
 """Rows of a product of ``paged_prefill``: tokens times G."""
 _PREFILL_MOST_DIMS = 128
+_PREFILL_NEAR_BYTES = 16 * 2**20
+"""Keys and values that stay in the second-level cache while all heads read them in turn."""
 _PREFILL_MIN_SHARE = 256
 """Fewest positions of a thread block: below that, adding parts costs more than it saves."""
 
@@ -182,7 +184,7 @@ class PagedAttention:
         if self._prefill_parts is None:
             self._prefill_parts = _PrefillParts(shape, self._kernels.device)
         expression = f"{shape.name}<{head_dim}>"
-        kernel = self._kernels.get(shape.file, expression, "11P8if0P")
+        kernel = self._kernels.get(shape.file, expression, "11P9if0P")
         arguments = (
             query.data_ptr(),
             k_cache.data_ptr(),
@@ -199,6 +201,7 @@ class PagedAttention:
             group_size,
             (block_size // _TILE).bit_length() - 1,
             _PREFILL_MIN_SHARE,
+            _PREFILL_NEAR_BYTES // (2 * num_kv_heads * head_dim * k_cache.itemsize),
             _PREFILL_TILE // group_size,
             65536 // group_size + 1,
             scale * _LOG2_E,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import Ops, PagedRows
+from ember_pp.kernels.kernel_set import KernelSet
+from ember_pp.kernels.paged_attention import PagedAttention
 from kernel_backends import BACKENDS, cpu_ops, open_backend
-from numeric import assert_bitwise_equal, assert_close, sum_tolerance
+from numeric import assert_bitwise_equal, assert_close, attention_tolerance
 
 NUM_FREE_BLOCKS = 3
 """Blocks of the cache that no row has."""
@@ -38,6 +40,24 @@ DECODES = {
     "many": [(1, 1 + 37 * row % 701) for row in range(300)],
 }
 """Steps that only a kernel for decodes must take: padding, and rows that many blocks share."""
+
+
+PREFIXES = (0, 1, 15, 16, 17, 511)
+CHUNKS = {
+    "of-every-length": [
+        (query_len, query_len + PREFIXES[index % len(PREFIXES)])
+        for index, query_len in enumerate(
+            (2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 2, 65)
+        )
+    ],
+    "after-every-prefix": [(33, 33 + prefix) for prefix in PREFIXES],
+    "two-tokens-far-on": [(2, 30002)],
+    "a-few-tokens-far-on": [(64, 30064)],
+    "many-tokens-far-on": [(1000, 31000), (1, 700)],
+    "short-beside-long": [(1, 20), (700, 9000), (2, 2), (1, 1), (3, 500), (1, 5000), (17, 17)],
+    "more-tiles-than-can-be-shared": [(1000 + row, 1000 + 2 * row) for row in range(40)],
+}
+"""Steps with chunks of prompts. Where tiles are few, thread blocks share them."""
 
 
 @dataclasses.dataclass
@@ -82,10 +102,10 @@ def make_case(
             part = slice(index * block_size, (index + 1) * block_size)
             k_cache[block, : len(key[part])] = key[part]
             v_cache[block, : len(value[part])] = value[part]
-        for position in range(context_len - query_len, context_len):
-            if context_len:
-                expected[token] = attend(query[token], key[: position + 1], value[: position + 1])
-            token += 1
+        tokens = slice(token, token + query_len)
+        if context_len:
+            expected[tokens] = attend(*(x.to(device) for x in (query[tokens], key, value))).cpu()
+        token += query_len
     lens = torch.tensor([0] + [query_len for query_len, _ in rows])
     paged_rows = PagedRows(
         block_tables=block_tables.to(device),
@@ -142,13 +162,17 @@ def as_in_a_graph(case: Case, *, num_rows: int, num_tokens: int) -> Case:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One token [H, d] over [L, K, d]; a loop over heads that a reader can check by eye."""
-    group_size = query.shape[0] // key.shape[1]
-    output = torch.empty(query.shape, dtype=torch.float64)
-    for head in range(query.shape[0]):
+    """The last tokens [Q, H, d] of a context [L, K, d]; a loop over heads that a reader can check
+    by eye."""
+    group_size = query.shape[1] // key.shape[1]
+    output = torch.empty(query.shape, dtype=torch.float64, device=query.device)
+    position = torch.arange(len(key), device=query.device)
+    is_hidden = position > position[len(key) - len(query) :, None]  # [Q, L]
+    for head in range(query.shape[1]):
         kv_head = head // group_size
-        scores = key[:, kv_head].double() @ query[head].double() * SCALE
-        output[head] = scores.softmax(0) @ value[:, kv_head].double()
+        scores = query[:, head].double() @ key[:, kv_head].double().T * SCALE
+        scores = scores.masked_fill(is_hidden, -float("inf"))
+        output[:, head] = scores.softmax(-1) @ value[:, kv_head].double()
     return output
 
 
@@ -157,7 +181,7 @@ def assert_attends(output: Tensor, case: Case, rows: list[tuple[int, int]]) -> N
     assert output.dtype == case.query.dtype
     longest = max(context_len for _, context_len in rows)
     is_row = torch.tensor([n > 0 for query_len, n in rows for _ in range(query_len)])
-    tolerance = sum_tolerance(output.dtype, longest) * 2
+    tolerance = attention_tolerance(output.dtype, longest)
     assert_close(output.cpu()[is_row], case.expected[is_row], tolerance)
 
 
@@ -184,6 +208,135 @@ def test_decodes_of_any_mix_of_lengths(rows: str, head_dim: int) -> None:
     is_row = case.rows.context_lens > 0
     for _ in range(20):  # whichever block comes last, and with counters used before
         assert_bitwise_equal(case.run(ops)[is_row], first[is_row], "the same again")
+
+
+def prefill_kernels(monkeypatch: pytest.MonkeyPatch, *, has_wgmma: bool) -> Ops:
+    """CUDA kernels, of which that for chunks is the one of cards that have wgmma, or the other."""
+    from ember_pp.kernels.cuda_ops import CudaOps
+
+    device = torch.device("cuda", 0)
+    backend = CudaOps(device)
+    if has_wgmma and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("not on this card")
+    attention = PagedAttention(KernelSet(device), has_wgmma=has_wgmma)
+    monkeypatch.setattr(backend, "_attention", attention)
+    monkeypatch.setattr("ember_pp.kernels.reference.paged_attention", None)  # is not to be asked
+    return Ops(backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_wgmma", [False, True], ids=["mma", "wgmma"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rows", CHUNKS)
+def test_chunks_of_any_length_after_any_prefix(
+    rows: str, head_dim: int, has_wgmma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = prefill_kernels(monkeypatch, has_wgmma=has_wgmma)
+    case = make_case(CHUNKS[rows], head_dim=head_dim, dtype=torch.bfloat16, device="cuda:0")
+    first = case.run(ops)
+    assert_attends(first, case, CHUNKS[rows])
+    for _ in range(10):  # whichever block comes last, and with counters used before
+        assert_bitwise_equal(case.run(ops), first, "the same again")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_wgmma", [False, True], ids=["mma", "wgmma"])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_query_heads_of_a_chunk_share_kv_heads_in_order(
+    group_size: int, has_wgmma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = prefill_kernels(monkeypatch, has_wgmma=has_wgmma)
+    rows, heads = [(130, 130), (70, 300), (5, 40)], {"num_heads": 3 * group_size, "num_kv_heads": 3}
+    case = make_case(rows, **heads, head_dim=128, dtype=torch.bfloat16, device="cuda:0")
+    assert_attends(case.run(ops), case, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_wgmma", [False, True], ids=["mma", "wgmma"])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+def test_chunks_lie_in_blocks_of_any_size_that_has_a_kernel(
+    block_size: int, has_wgmma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = prefill_kernels(monkeypatch, has_wgmma=has_wgmma)
+    rows = [(100, 700), (256, 256), (257, 513), (1, 90)]
+    case = make_case(
+        rows, block_size=block_size, head_dim=128, dtype=torch.bfloat16, device="cuda:0"
+    )
+    assert_attends(case.run(ops), case, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_wgmma", [False, True], ids=["mma", "wgmma"])
+def test_a_captured_step_takes_what_its_tensors_hold(
+    has_wgmma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for steps of other lengths, tables and rows, with padding of both kinds."""
+    ops = prefill_kernels(monkeypatch, has_wgmma=has_wgmma)
+    num_rows, num_tokens = 12, 1200
+    steps = [
+        [(1, 600), (1, 20), (1000, 1500)],
+        [(1, 5)] * 12,
+        [(2, 2), (3, 1003), (100, 100)],
+        [(100 - row, 101) for row in range(12)],
+        [(1, 1)],
+        [(300, 300)] * 4,
+    ]
+    cases = [
+        as_in_a_graph(
+            make_case(rows, head_dim=128, dtype=torch.bfloat16, device="cuda:0"),
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+        )
+        for rows in steps
+    ]
+    num_blocks = max(len(case.k_cache) for case in cases)
+    width = max(case.rows.block_tables.shape[1] for case in cases)
+    names = ("table_rows", "context_lens", "decode_lens", "cu_seqlens_q")
+    static = dataclasses.replace(
+        cases[0],
+        query=torch.zeros_like(cases[0].query),
+        k_cache=cases[0].k_cache.new_zeros((num_blocks, *cases[0].k_cache.shape[1:])),
+        v_cache=cases[0].v_cache.new_zeros((num_blocks, *cases[0].v_cache.shape[1:])),
+        rows=dataclasses.replace(
+            cases[0].rows,
+            block_tables=cases[0].rows.block_tables.new_zeros((num_rows + 3, width)),
+            **{name: torch.zeros_like(getattr(cases[0].rows, name)) for name in names},
+        ),
+    )
+
+    def load(case: Case) -> None:
+        static.query.copy_(case.query)
+        static.k_cache[: len(case.k_cache)] = case.k_cache
+        static.v_cache[: len(case.v_cache)] = case.v_cache
+        static.rows.block_tables[:, : case.rows.block_tables.shape[1]] = case.rows.block_tables
+        for name in names:
+            getattr(static.rows, name).copy_(getattr(case.rows, name))
+
+    load(cases[0])
+    static.run(ops)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = static.run(ops)
+    for case, rows in zip([*cases, *reversed(cases)], [*steps, *reversed(steps)], strict=True):
+        load(case)
+        output.fill_(float("nan"))
+        graph.replay()
+        count = sum(query_len for query_len, _ in rows)
+        tolerance = attention_tolerance(torch.bfloat16, max(n for _, n in rows))
+        assert_close(output[:count], case.expected[:count], tolerance, str(rows))
+        assert bool(output[count:].isnan().all()), "padding was written"
+
+
+@pytest.mark.gpu
+def test_a_graph_is_possible_where_there_are_kernels() -> None:
+    ops = open_backend("cuda")[0]
+    assert ops.captures_attention(torch.bfloat16, 128, 4, 16)
+    assert not ops.captures_attention(torch.float32, 128, 4, 16)
+    assert not ops.captures_attention(torch.bfloat16, 96, 4, 16)
+    assert not ops.captures_attention(torch.bfloat16, 128, 16, 16)
+    assert not ops.captures_attention(torch.bfloat16, 128, 4, 48)
+    assert not cpu_ops().captures_attention(torch.bfloat16, 128, 4, 16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -251,7 +404,7 @@ def test_a_padded_step_gives_its_rows_the_same(rows: str, head_dim: int, backend
     case = make_case(ROWS[rows], head_dim=head_dim, dtype=torch.bfloat16, device=device)
     num_tokens = len(case.query)
     padded = as_in_a_graph(case, num_rows=len(ROWS[rows]) + 5, num_tokens=num_tokens + 40)
-    tolerance = sum_tolerance(torch.bfloat16, max(n for _, n in ROWS[rows])) * 2
+    tolerance = attention_tolerance(torch.bfloat16, max(n for _, n in ROWS[rows]))
     assert_close(padded.run(ops)[:num_tokens], case.expected, tolerance)
 
 

@@ -7,10 +7,9 @@ import torch
 
 from ember_pp.errors import KernelArgumentError
 from kernel_backends import BACKENDS, cpu_ops, open_backend
+from numeric import LOGPROBS_FP32
 
 DTYPES = [torch.float32, torch.bfloat16]
-ABSOLUTE = 1e-4
-"""Of log-probabilities down to some -30: fp32, and a logarithm of a sum of up to 151,936."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,9 +38,9 @@ def test_are_those_of_the_whole_row(
     assert drawn.dtype == values.dtype == torch.float32
     assert torch.equal(ids.cpu(), ranked)
     of_ranked = expected.gather(1, ranked)
-    torch.testing.assert_close(values.cpu().double(), of_ranked, rtol=0, atol=ABSOLUTE)
+    torch.testing.assert_close(values.cpu().double(), of_ranked, rtol=0, atol=LOGPROBS_FP32)
     of_drawn = expected.gather(1, token_ids.clamp(min=0)[:, None])[:, 0]
-    assert float((drawn.cpu() - of_drawn).abs().max()) <= ABSOLUTE
+    assert float((drawn.cpu() - of_drawn).abs().max()) <= LOGPROBS_FP32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

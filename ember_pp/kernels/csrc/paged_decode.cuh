@@ -490,7 +490,8 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, int row, int to
   } else {
     const i64 head = (shares.slot(blockIdx.x) * a.num_kv_heads + kv_head) * a.group_size;
     merge.store(a.parts + head * kHeadDim, a.part_stats + head, a.group_size, thread);
-    combine<kHeadDim, kHeads, kSplits, kGroup>(a, row, token, kv_head, thread, shares.first, shares.last);
+    combine<kHeadDim, kHeads, kSplits, kGroup>(a, row, token, kv_head, thread, shares.first,
+                                               shares.last);
   }
 }
 

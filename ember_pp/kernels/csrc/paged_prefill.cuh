@@ -1,5 +1,6 @@
 /*
- * paged_prefill: causal attention of the new tokens of prompts over the paged KV cache.
+ * paged_prefill: causal attention of the new tokens of prompts over the paged KV cache. On sm_90
+ * paged_prefill_wgmma.cuh computes the same.
  *
  * What       row r has the tokens starts[r] .. starts[r + 1), the last of a context of L_r. Each
  *            attends to the context up to and with itself, as in paged_decode. Rows with fewer
@@ -14,15 +15,18 @@
  *            of 128 bytes are swizzled (16-byte piece c of line i lies at c ^ (i % 8)), so eight
  *            lines are read without conflicts
  * Order      thread blocks stay and take work, which they find from the lengths, so the launch
- *            depends on the card alone. Where there are many tiles for each: whole tiles from one
- *            counter, all of one row and KV head together and the longest first, so that their
- *            keys stay in the second-level cache. Else the positions of all tiles are cut
- *            into equal shares, whatever their lengths
+ *            depends on the card alone. Whole tiles from one counter, the longest of a row first,
+ *            where that leaves no block without work for long; of long contexts all tiles of one KV
+ *            head together, so that their keys stay in the second-level cache. Else the positions
+ *            of all tiles are cut into equal shares, whatever their lengths: prefill_plan.cuh
  * Combine    a tile that several blocks share: each writes its part to `parts`, the last to arrive
  *            at a counter adds the parts in their order, so equal inputs give equal bits. Beyond
  *            16 blocks in two levels. Counters are 0 before and after
  * Requires   d 64 or 128, G <= 8, S one of 16, 32, .. 256, 16-byte rows, fewer than 2^31 slots
  * Bound      tensor cores: sum over tokens of 4 * context * H * d operations
+ * Tried      equal shares wherever whole tiles are not many: slower, for long contexts since blocks
+ *            are then at different places of the same keys, for short ones by the parts; one loop
+ *            body with and one without a mask: registers spilled
  * Test       tests/kernels/test_paged_attention.py          Bench  python -m benchmarks.kernels
  * Source     online softmax and tiles: FlashAttention-2, Dao, 2023; grouped heads in a tile and
  *            paging: Kwon et al., SOSP 2023, Ye et al., MLSys 2025 (FlashInfer); equal shares:

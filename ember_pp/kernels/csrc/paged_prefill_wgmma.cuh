@@ -2,7 +2,8 @@
  * paged_prefill_wgmma: paged_prefill for sm_90, where a group of 4 warps multiplies matrices that
  * lie in shared memory.
  *
- * What       as paged_prefill.cuh, which has shapes, types and what is required
+ * What       as paged_prefill.cuh, whose types, order of work and requirements these are too
+ * Shapes     query, output [T, H, d]; k_cache, v_cache [B, S, K, d]; see there
  * Mapping    tiles as there, 128 positions at a time. 4 warps plan and copy: queries of the next
  *            tile and keys and values of the next steps, two buffers of each. Two groups of 4 warps
  *            have 64 rows of the tile each; registers go over to them. A group starts the scores
@@ -10,9 +11,13 @@
  *            computes weights, which stay in registers
  * Order      as there; a copying thread goes on to the next tile while the last one is computed
  * Ordering   barriers in shared memory, with a phase that turns at each use: `full` after all
- *            copies of a buffer have arrived and are visible to the asynchronous proxy, `empty`
- *            after all warps that read it have
+ *            copies of a buffer have arrived, `empty` after all warps that read it have. Copies
+ *            come by the generic proxy and wgmma reads by the asynchronous one, hence the fence
+ *            after a wait
  * Compiles   to nothing but for sm_90a
+ * Bound      tensor cores: sum over tokens of 4 * context * H * d operations
+ * Tried      products of both groups at any time instead of in turn: slower; to find the place of
+ *            each copy anew, from shared memory: all other warps then waited for the copying ones
  * Test       tests/kernels/test_paged_attention.py          Bench  python -m benchmarks.kernels
  * Source     the overlap of scores and sums, and the split into copying and computing warps:
  *            FlashAttention-3, Shah et al., 2024
@@ -25,8 +30,6 @@ constexpr int kStep = 128;  // positions that are computed at a time
 constexpr int kGroups = 2;  // of 4 warps that compute
 constexpr int kGroupThreads = 4 * kWarpSize;
 constexpr int kWarps = kGroups * 4;
-constexpr int kComputeBarrier = 2;
-constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
 
 template <int kHeadDim>
 using WarpPart = Part<kHeadDim, kPlanThreads / kWarpSize, kWarps>;
@@ -50,6 +53,11 @@ struct Barriers {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
+constexpr int kComputeBarrier = 2;
+constexpr int kTurnBarrier = 3;  // and 4, one for each group
+constexpr bool kTakesTurns = true;
+constexpr int kCopyRegisters = 40, kComputeRegisters = 232;
+
 __device__ __forceinline__ void init_barrier(Barrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(count)
@@ -57,6 +65,12 @@ __device__ __forceinline__ void init_barrier(Barrier* barrier, int count) {
 }
 __device__ __forceinline__ void arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+/* As soon as what this thread copies has arrived. */
+__device__ __forceinline__ void arrive_after_copies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   shared_address(barrier))
                : "memory");
 }
 /* For the end of the phase whose parity this is. */
@@ -71,8 +85,9 @@ __device__ __forceinline__ void wait(Barrier* barrier, u32 parity) {
 /* Buffers are used in turn, each in every second use: the n-th is of this phase. */
 __device__ __forceinline__ u32 parity_of(u32 n) { return n / 2 % 2; }
 
-/* What this thread has written is then visible to wgmma. */
-__device__ __forceinline__ void fence_to_products() {
+/* For copies: what they wrote is then visible to wgmma. */
+__device__ __forceinline__ void wait_for_copies(Barrier* barrier, u32 parity) {
+  wait(barrier, parity);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -87,6 +102,19 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
 }
 
+/* Groups start their products in turn, so that one computes weights while the other multiplies. A
+ * group waits for its turn, and then gives it to the other; `compute` gives the first. */
+__device__ __forceinline__ void wait_for_turn(int group) {
+  if (!kTakesTurns) return;
+  asm volatile("bar.sync %0, %1;" ::"r"(kTurnBarrier + group), "n"(kGroups * kGroupThreads)
+               : "memory");
+}
+__device__ __forceinline__ void give_turn_to(int group) {
+  if (!kTakesTurns) return;
+  asm volatile("bar.arrive %0, %1;" ::"r"(kTurnBarrier + group), "n"(kGroups * kGroupThreads)
+               : "memory");
+}
+
 /* The compiler must not move reads or writes of registers of a product across this. */
 template <int kCount>
 __device__ __forceinline__ void hold(float (&x)[kCount][4]) {
@@ -94,6 +122,12 @@ __device__ __forceinline__ void hold(float (&x)[kCount][4]) {
   for (int i = 0; i < kCount; ++i) {
     asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
   }
+}
+
+/* What `x` is made of is computed before what follows: the assembler moves a wait up as far as the
+ * last branch. */
+__device__ __forceinline__ void compute_now(const float (&x)[2]) {
+  if (x[0] + x[1] < 0.0f) asm volatile("trap;");  // never
 }
 
 /* A matrix of lines of 128 bytes, swizzled; 8 of them take 1024 bytes. `apart`: bytes from 64
@@ -174,6 +208,7 @@ __device__ __forceinline__ void multiply_weights(float (&c)[8][4], const u32 (&a
 /* Scores of 64 rows and kStep positions. */
 template <int kHeadDim>
 __device__ __forceinline__ void start_scores(u32 query, u32 keys, float (&scores)[kStep / 8][4]) {
+  begin_products();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     const u32 column = k % 4 * 32;
@@ -187,6 +222,7 @@ __device__ __forceinline__ void start_scores(u32 query, u32 keys, float (&scores
 template <int kHeadDim>
 __device__ __forceinline__ void start_sums(const u32 (&weights)[kStep / 16][4], u32 values,
                                            float (&sums)[kHeadDim / 8][4]) {
+  begin_products();
 #pragma unroll
   for (int k = 0; k < kStep / 16; ++k) {
     const u32 lines = 16 * kLine * sizeof(bf16);
@@ -261,13 +297,13 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, const volatile
   const int num_steps = segment.end - segment.begin;
   if (num_steps <= 0) return;
   const bool is_first_lane = thread_index() % kWarpSize == 0;
+  const int group = WarpPart<kHeadDim>::thread() / kGroupThreads;
   const u32 keys = shared_address(buffers.keys), values = shared_address(buffers.values);
   constexpr u32 kBuffer = sizeof(buffers.keys[0]);
   int num_seen = segment.prefix + segment.first_token + 1 - segment.begin * kStep;
   float scores[kStep / 8][4], by[2];
   u32 weights[kStep / 16][4];
-  wait(&barriers.full_keys[turn % 2], parity_of(turn));
-  begin_products();
+  wait_for_copies(&barriers.full_keys[turn % 2], parity_of(turn));
   start_scores<kHeadDim>(query, keys + turn % 2 * kBuffer, scores);
   wait_for_products<0>();
   hold(scores);
@@ -278,16 +314,18 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, const volatile
   for (const u32 last = turn + num_steps - 1; turn != last; ++turn) {
     const u32 next = turn + 1;
     num_seen -= kStep;
-    wait(&barriers.full_keys[next % 2], parity_of(next));
+    wait_for_copies(&barriers.full_keys[next % 2], parity_of(next));
     hold(part.sums[0]);
-    begin_products();
+    wait_for_turn(group);
     start_scores<kHeadDim>(query, keys + next % 2 * kBuffer, scores);
-    wait(&barriers.full_values[turn % 2], parity_of(turn));
+    wait_for_copies(&barriers.full_values[turn % 2], parity_of(turn));
     start_sums<kHeadDim>(weights, values + turn % 2 * kBuffer, part.sums[0]);
+    give_turn_to(1 - group);
     wait_for_products<1>();
     hold(scores);
     if (is_first_lane) arrive(&barriers.empty_keys[next % 2]);
     weigh<kHeadDim>(a, scores, num_seen, part, by);
+    compute_now(part.weight[0]);
     wait_for_products<0>();
     hold(part.sums[0]);
     if (is_first_lane) arrive(&barriers.empty_values[turn % 2]);
@@ -300,9 +338,8 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, const volatile
       part.sums[0][n][3] *= by[1];
     }
   }
-  wait(&barriers.full_values[turn % 2], parity_of(turn));
+  wait_for_copies(&barriers.full_values[turn % 2], parity_of(turn));
   hold(part.sums[0]);
-  begin_products();
   start_sums<kHeadDim>(weights, values + turn % 2 * kBuffer, part.sums[0]);
   wait_for_products<0>();
   hold(part.sums[0]);
@@ -310,30 +347,70 @@ __device__ __forceinline__ void attend(const PrefillArguments& a, const volatile
   ++turn;
 }
 
-/* Copies that are under way, for a barrier. */
-struct Pending {
-  Barrier* barrier = nullptr;
+/* What a copying thread knows of a segment, in few instructions per copy: it is they that the
+ * other warps wait for. */
+template <int kHeadDim>
+struct StepCopier {
+  static constexpr int kApart = Copier<kHeadDim>::kPositionsApart;
+  static constexpr int kTiles = kStep / kTile;
+  static constexpr int kSteps = kWarpSize / kTiles;  // that a warp has found tiles for
 
-  /* After the copies for `next` were started. */
-  __device__ __forceinline__ void follow(Barrier* next) {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-    if (barrier) {
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      tell();
-    }
-    barrier = next;
+  const PrefillArguments& a;
+  const Copier<kHeadDim> copier;
+  const int* table;
+  const int context_len;
+  const u32 stride;  // of positions, in elements
+  i64 own;           // of the first position of a tile in the cache, to what this thread copies
+  int found, found_next;  // by each lane: a tile's place in the cache, of kTile positions each
+
+  __device__ __forceinline__ StepCopier(const PrefillArguments& a, const volatile Segment& segment)
+      : a(a),
+        table(a.block_tables + static_cast<i64>(segment.table) * a.table_stride),
+        context_len(segment.prefix + segment.num_tokens),
+        stride(a.num_kv_heads * kHeadDim),
+        own(copier.first * stride + segment.kv_head * kHeadDim + copier.piece * 8) {
+    found_next = find(segment.begin * kTiles);
   }
-  __device__ __forceinline__ void finish() {
-    if (!barrier) return;
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    tell();
-    barrier = nullptr;
+
+  /* The tiles of the next kSteps steps. Those after them are read ahead. */
+  __device__ __forceinline__ void go_on(int step) {
+    found = found_next;
+    found_next = find((step + kSteps) * kTiles);
+  }
+
+  /* Keys or values of a step, the `index`-th of those that tiles were found for; beyond the
+   * context zeros, since a weight of 0 does not undo a NaN. */
+  __device__ __forceinline__ void copy(const bf16* cache, int step, int index, u32 buffer) const {
+    const int num_valid = context_len - step * kStep;
+    if (num_valid >= kStep) {
+      copy<true>(cache + own, index, buffer, num_valid);
+    } else {
+      copy<false>(cache + own, index, buffer, num_valid);
+    }
   }
 
  private:
-  __device__ __forceinline__ void tell() {
-    fence_to_products();
-    arrive(barrier);
+  __device__ __forceinline__ int find(int tile) const {
+    tile = min(tile + thread_index() % kWarpSize, (context_len - 1) / kTile);
+    const int in_block = tile & ((1 << a.block_shift) - 1);
+    return (table[tile >> a.block_shift] << a.block_shift) + in_block;
+  }
+
+  template <bool kIsFull>
+  __device__ __forceinline__ void copy(const bf16* cache, int index, u32 buffer,
+                                       int num_valid) const {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const u32 place = __shfl_sync(kAllLanes, found, index * kTiles + tile);
+      const bf16* source = cache + static_cast<unsigned long long>(place) * (stride * kTile);
+#pragma unroll
+      for (int i = 0; i < kTile / kApart; ++i) {
+        const int turn = tile * (kTile / kApart) + i;
+        const bool is_there = kIsFull || copier.first + turn * kApart < num_valid;
+        copy_async(buffer + copier.template at<kStep>(turn),
+                   is_there ? source + i * kApart * stride : cache, is_there);
+      }
+    }
   }
 };
 
@@ -343,22 +420,24 @@ __device__ __forceinline__ void copy_segment(const PrefillArguments& a,
                                              const volatile Segment& segment,
                                              Buffers<kHeadDim>& buffers, Barriers& barriers,
                                              u32 query, u32& turn) {
+  const int begin = segment.begin, end = segment.end;
+  if (begin >= end) return;
   const u32 keys = shared_address(buffers.keys), values = shared_address(buffers.values);
   constexpr u32 kBuffer = sizeof(buffers.keys[0]);
-  SlotFinder<kStep> finder;
-  Pending pending;
-  if (segment.begin < segment.end) copy_query<kHeadDim>(a, segment, query);
+  StepCopier<kHeadDim> copier(a, segment);
+  copy_query<kHeadDim>(a, segment, query);
 #pragma unroll 1
-  for (int step = segment.begin; step < segment.end; ++step, ++turn) {
+  for (int step = begin; step < end; ++step, ++turn) {
     const u32 buffer = turn % 2, before = parity_of(turn) ^ 1;  // the first wait is for nothing
+    const int index = (step - begin) % StepCopier<kHeadDim>::kSteps;
+    if (index == 0) copier.go_on(step);
     wait(&barriers.empty_keys[buffer], before);
-    copy_step<kHeadDim>(a, segment, finder, step, a.k_cache, keys + buffer * kBuffer);
-    pending.follow(&barriers.full_keys[buffer]);
+    copier.copy(a.k_cache, step, index, keys + buffer * kBuffer);
+    arrive_after_copies(&barriers.full_keys[buffer]);
     wait(&barriers.empty_values[buffer], before);
-    copy_step<kHeadDim>(a, segment, finder, step, a.v_cache, values + buffer * kBuffer);
-    pending.follow(&barriers.full_values[buffer]);
+    copier.copy(a.v_cache, step, index, values + buffer * kBuffer);
+    arrive_after_copies(&barriers.full_values[buffer]);
   }
-  pending.finish();
 }
 
 template <int kHeadDim>
@@ -388,6 +467,7 @@ __device__ __forceinline__ void compute(const PrefillArguments& a,
                                         volatile bool (&has_work)[2], Buffers<kHeadDim>& buffers,
                                         Barriers& barriers) {
   u32 turn = 0;
+  if (threadIdx.x / kGroupThreads == kGroups) give_turn_to(0);
 #pragma unroll 1
   for (u32 count = 0;; ++count) {
     const u32 place = count % 2;

@@ -53,8 +53,8 @@ struct Copier {
 
 /* Rows of the tile beyond its tokens are zeros. */
 template <int kHeadDim>
-__device__ __forceinline__ void copy_query(const PrefillArguments& a, const volatile Segment& segment,
-                                           u32 buffer) {
+__device__ __forceinline__ void copy_query(const PrefillArguments& a,
+                                           const volatile Segment& segment, u32 buffer) {
   const Copier<kHeadDim> copier;
   const int num_rows =
       min(a.tile_tokens, segment.num_tokens - segment.first_token) * a.group_size;
@@ -115,12 +115,13 @@ __device__ __forceinline__ void copy_step(const PrefillArguments& a,
   }
 }
 
-/* A warp's rows of a tile, as products of 16. kWarps warps from kFirst on have a tile. Lane (g, t) = (lane / 4, lane % 4) has rows
- * 16m + g and 16m + g + 8: in sums[m][n] dimensions 8n + 2t, 8n + 2t + 1 of the one, then of the
- * other. */
+/* A warp's rows of a tile, as products of 16; kWarps warps from kFirst on have a tile. Lane (g, t),
+ * lane / 4 and lane % 4, has rows 16m + g and 16m + g + 8: in sums[m][n] dimensions 8n + 2t,
+ * 8n + 2t + 1 of the one, then of the other. */
 template <int kHeadDim, int kFirst, int kWarps>
 struct Part {
   static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kDims = kHeadDim;
   static constexpr int kProducts = kTileRows / kWarps / 16;
   float sums[kProducts][kHeadDim / 8][4];
   float max[kProducts][2], weight[kProducts][2];  // maximum of scores * scale_log2
@@ -220,32 +221,35 @@ struct Part {
       }
     }
   }
+};
 
-  __device__ __forceinline__ void write(const PrefillArguments& a, const volatile Segment& segment) const {
-    const int num_rows =
-        min(a.tile_tokens, segment.num_tokens - segment.first_token) * a.group_size;
-    const int num_heads = a.num_kv_heads * a.group_size;
-    const i64 first = static_cast<i64>(segment.token + segment.first_token) * num_heads +
-                      segment.kv_head * a.group_size;
+/* Of a whole tile, to the output. */
+template <typename Part>
+__device__ __forceinline__ void write(const PrefillArguments& a, const volatile Segment& segment,
+                                      const Part& part) {
+  const int num_rows =
+      min(a.tile_tokens, segment.num_tokens - segment.first_token) * a.group_size;
+  const int num_heads = a.num_kv_heads * a.group_size;
+  const i64 first = static_cast<i64>(segment.token + segment.first_token) * num_heads +
+                    segment.kv_head * a.group_size;
 #pragma unroll
-    for (int m = 0; m < kProducts; ++m) {
+  for (int m = 0; m < Part::kProducts; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = row(m, half);
-        if (i >= num_rows) continue;
-        const int token = a.token_of(i);
-        const i64 head = first + token * num_heads + (i - token * a.group_size);
-        u32* place = reinterpret_cast<u32*>(a.output + head * kHeadDim) + thread() % 4;
-        const float inverse = __fdividef(1.0f, weight[m][half]);
+    for (int half = 0; half < 2; ++half) {
+      const int i = Part::row(m, half);
+      if (i >= num_rows) continue;
+      const int token = a.token_of(i);
+      const i64 head = first + token * num_heads + (i - token * a.group_size);
+      u32* place = reinterpret_cast<u32*>(a.output + head * Part::kDims) + Part::thread() % 4;
+      const float inverse = __fdividef(1.0f, part.weight[m][half]);
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
-          place[4 * n] = pack_bf16(sums[m][n][2 * half] * inverse,
-                                   sums[m][n][2 * half + 1] * inverse);
-        }
+      for (int n = 0; n < Part::kDims / 8; ++n) {
+        place[4 * n] = pack_bf16(part.sums[m][n][2 * half] * inverse,
+                                 part.sums[m][n][2 * half + 1] * inverse);
       }
     }
   }
-};
+}
 
 /* After this block's part of a shared tile was stored: the last to come here writes the tile. Not
  * inlined, so that its registers do not add to those of the loop over steps. */
@@ -277,7 +281,7 @@ __device__ __noinline__ void combine(const PrefillArguments& a, const volatile S
         a, [&](int i) { return shares.slot(shares.first_of(shares.first / kFanIn + i)); },
         num_groups);
   }
-  part.write(a, segment);
+  write(a, segment, part);
 }
 
 /* What follows the steps of a segment. */
@@ -287,7 +291,7 @@ __device__ __forceinline__ void finish(const PrefillArguments& a, const volatile
   part.add_weights_of_lanes();
   const Shares shares{segment.shares.first, segment.shares.last};
   if (shares.first == shares.last) {
-    part.write(a, segment);
+    write(a, segment, part);
   } else {
     part.store(a, shares.slot(blockIdx.x));
     combine<Part, kBarrier>(a, segment);
