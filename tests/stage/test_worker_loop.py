@@ -115,6 +115,15 @@ def test_a_failed_device_ends_the_stage_by_the_plan_that_it_was_at(stage):
     assert "illegal memory access" in failed.text
 
 
+def test_looking_for_the_end_of_a_plan_takes_a_part_of_a_core(stage):
+    thread, inbox = stage.loop_over(0)
+    before_s = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before_s < 0.15
+    inbox.put(None)
+    thread.join(DEADLINE_S)
+
+
 def test_with_nothing_at_work_the_loop_sleeps(stage):
     thread, inbox = stage.loop_over(0)
     stage.device.num_done = 1
