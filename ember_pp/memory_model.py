@@ -109,7 +109,8 @@ def stage_bytes(
 ) -> StageBytes:
     """All that a stage of ``num_layers`` layers holds, but for its KV cache.
 
-    On a GPU, slots of an edge (path ``host_shm``) and tables are in host memory and not counted.
+    On a GPU, slots of an edge (path ``host_shm``) are in host memory and not counted; tables and
+    inputs of captured steps are small, and within what is set aside for graphs.
     """
     element, vocabulary = settings.bytes_per_element, partition.head_parameters(cfg)
     is_shared = is_first and is_last and cfg.tie_word_embeddings

@@ -139,7 +139,7 @@ class CapturedSteps:
             return
         for size in reversed(decode_sizes(self._limits.max_rows)):
             shape = StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
-            self._graphs.run(shape, self._whole_step(shape))
+            self._whole_step(shape)
 
     def begin(self, plan: int, rows: PlanRows) -> Step:
         """Expand the rows of a plan on the device; on the first stage after its feedback."""
@@ -159,7 +159,7 @@ class CapturedSteps:
         if on_layer is not None:
             hidden_states = self._hidden_states(step.shape, _unpadded(on_layer, step))
         else:
-            hidden_states = self._run(step.shape, self._whole_step(step.shape))
+            hidden_states = self._whole_step(step.shape)
         return hidden_states[: step.rows.num_tokens]
 
     def draw(
@@ -174,7 +174,7 @@ class CapturedSteps:
 
         Returns:
             [N] int32 on the device, good until the next step; and where they were asked for,
-            log-probabilities of them.
+            log-probabilities of them, on the host once the plan has its mark.
         """
         sampler = self._sampler
         assert sampler is not None, "not the last stage"
@@ -185,7 +185,7 @@ class CapturedSteps:
         is_plain = sampler.is_plain(sample_slots)
         sampler.flush()
         if shape.is_decode and is_plain and not is_watched:
-            return self._run(shape, self._whole_step(shape))[:num_drawn], None
+            return self._whole_step(shape)[:num_drawn], None
         if on_layer is not None:
             self._select(shape, self._layers(shape, _unpadded(on_layer, step)))
         else:
@@ -202,7 +202,7 @@ class CapturedSteps:
             on_logits(logits[:num_drawn])
         if is_plain:
             return self._draw(shape, logits)[:num_drawn], None
-        sampled = sampler.sample(logits[:num_drawn], sample_slots, rows.sample_positions)
+        sampled = sampler.sample(logits[:num_drawn], sample_slots, rows.sample_positions).to_host()
         return self._end(sampled.token_ids), sampled
 
     # ---------------------------------------------------------------- what may be captured
@@ -212,11 +212,14 @@ class CapturedSteps:
             return compute()
         return self._graphs.run(shape, compute)
 
-    def _whole_step(self, shape: StepShape) -> Callable[[], Tensor]:
-        """What gives the hidden states to hand on, or the tokens of a plan without chunks."""
+    def _whole_step(self, shape: StepShape) -> Tensor:
+        """The hidden states to hand on, or the tokens of a plan without chunks, by one graph."""
         if self._sampler is None:
-            return lambda: self._hidden_states(shape, None)
-        return lambda: self._draw(shape, self._model.head(self._layers(shape, None)))
+            key = dataclasses.replace(shape, num_samples=0)  # here nothing depends on it
+            return self._run(key, lambda: self._hidden_states(shape, None))
+        return self._run(
+            shape, lambda: self._draw(shape, self._model.head(self._layers(shape, None)))
+        )
 
     def _hidden_states(self, shape: StepShape, on_layer: OnLayer | None) -> Tensor:
         output = self._layers(shape, on_layer)

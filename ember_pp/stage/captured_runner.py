@@ -122,7 +122,7 @@ class CapturedRunner:
         def finish() -> Sampled:
             return _answer(execute, pending.read(), sampled)
 
-        return StartedPlan(lambda: pending.is_ready, finish)
+        return StartedPlan(pending.poll, finish)
 
     def _feed_back(self, plan: int, token_ids: Tensor) -> None:
         """With several stages: a single one has put them where the next plan reads them."""

@@ -41,7 +41,8 @@ class LastTokens:
     Args:
         max_slots: slots are ``0 .. max_slots - 1``.
         device: of stage 0.
-        source: the feedback edge; None with a single stage, which calls ``put`` itself.
+        source: the feedback edge; None with a single stage, which calls ``put`` itself, or whose
+            captured steps write ``tokens``.
         max_in_flight: plans in the pipeline at once. The feedback of plan ``p - max_in_flight``
             was sent before plan ``p`` was made. It is taken at ``p`` even if nothing needs it
             yet, so at most ``max_in_flight`` are ever left in the ring of twice as many slots,

@@ -16,8 +16,9 @@ from ember_pp.kernels import PlanWords, StepState
 from ember_pp.stage.slots import PlanRows
 
 _POLL_S = 20e-6
-_POLLS_PER_LOOK = 4096
-"""Polls before the device is asked whether it has failed: then no mark would ever come."""
+_POLLS_PER_CHECK = 512
+"""Polls before the device is asked whether it has failed: then no mark would ever come. At a poll
+every 0.1 ms or so that is known long before anybody calls the stage slow."""
 
 
 class PlanWriter:
@@ -76,13 +77,14 @@ class PendingTokens:
         stream: to ask for a failure; None: none can happen.
     """
 
-    __slots__ = ("_mark", "_memory", "_num_tokens", "_stream")
+    __slots__ = ("_mark", "_memory", "_num_polls", "_num_tokens", "_stream")
 
     def __init__(
         self, memory: memoryview, mark: int, num_tokens: int, stream: torch.cuda.Stream | None
     ) -> None:
         self._memory = memory
         self._mark = mark.to_bytes(8, "little")
+        self._num_polls = 0
         self._num_tokens = num_tokens
         self._stream = stream
 
@@ -91,17 +93,26 @@ class PendingTokens:
         """Whether they are drawn."""
         return self._memory[:8] == self._mark
 
+    def poll(self) -> bool:
+        """Whether they are drawn; for whoever waits: now and then sees to the device, too.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        if self.is_ready:
+            return True
+        self._num_polls += 1
+        if self._num_polls % _POLLS_PER_CHECK == 0:
+            self.check()
+        return False
+
     def read(self) -> bytes:
         """The tokens, i32; waits for them.
 
         Raises:
             RuntimeError: the device has failed.
         """
-        num_polls = 0
-        while not self.is_ready:
-            num_polls += 1
-            if num_polls % _POLLS_PER_LOOK == 0:
-                self.check()
+        while not self.poll():
             time.sleep(_POLL_S)
         return bytes(self._memory[8 : 8 + 4 * self._num_tokens])
 

@@ -50,7 +50,7 @@ class StartedPlan:
     """A plan that is enqueued; the device may still be at it."""
 
     is_done: Callable[[], bool]
-    """Whether ``finish`` would not wait."""
+    """Whether ``finish`` would not wait. Raises what a failed device says."""
     finish: Callable[[], Sampled | None]
     """On the last stage, the tokens that it drew; None on the others."""
 

@@ -59,6 +59,16 @@ class SampledTokens:
         token_ids: list[int] = self.token_ids.tolist()
         return token_ids
 
+    def to_host(self) -> SampledTokens:
+        """The same, its log-probabilities on their way to the host: they are there once the stream
+        has come this far, and reading them then waits for nothing enqueued since."""
+        if self._top is None:
+            return self
+        top = self._top
+        tensors = (top.drawn, top.ids, top.logprobs)
+        moved = (tensor.to("cpu", non_blocking=True) for tensor in tensors)  # pinned
+        return dataclasses.replace(self, _top=_TopLogprobs(top.rows, top.num_top, *moved))
+
     @property
     def logprobs(self) -> list[protocol.TokenLogprobs | None]:
         """One per row, None where not asked for; empty when no row asks. Waits for the device."""

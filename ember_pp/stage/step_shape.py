@@ -11,7 +11,7 @@ import dataclasses
 _SMALLEST_CHUNKS = 16
 """Fewest tokens of a step with chunks."""
 _SIZES_PER_OCTAVE = 16
-"""Padding is at most one part in so many."""
+"""From 256 tokens on, padding is at most one part in so many."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -82,8 +82,11 @@ class StageWorker:
         self._runner: StageRunner | CapturedRunner | None = None
         self._started: deque[tuple[int, StartedPlan]] = deque()
         """Plans that the device may still be at, by number."""
+        self._failed_plan: int | None = None
+        """The one whose end turned out to be a failure; None: what fails is being started."""
         self._clock = StageClock()
         self._last_plan = -1
+        self._finished_plan = -1
         self._is_closing = False
 
     def run(self, inbox: SimpleQueue[Message | None]) -> None:
@@ -137,7 +140,7 @@ class StageWorker:
             error,
             epoch=-1 if self._slice is None else self._slice.message.epoch,
             stage_index=self._stage_index,
-            plan=self._last_plan + 1,
+            plan=self._last_plan + 1 if self._failed_plan is None else self._failed_plan,
             **self._memory_advice(),
         )
 
@@ -168,7 +171,7 @@ class StageWorker:
         return StageStats(
             epoch=loaded.message.epoch,
             stage_index=self._stage_index,
-            plan=self._last_plan,
+            plan=self._finished_plan,
             busy_ns=times.busy_ns,
             wait_input_ns=times.wait_input_ns,
             wait_output_ns=times.wait_output_ns,
@@ -282,12 +285,20 @@ class StageWorker:
 
     def _finish_plans(self) -> None:
         """Post what plans have drawn that the device is done with, in their order."""
-        while self._started and self._started[0][1].is_done():
-            plan, started = self._started.popleft()
-            sampled = started.finish()
+        while self._started:
+            plan, started = self._started[0]
+            try:
+                if not started.is_done():
+                    return
+                sampled = started.finish()
+            except BaseException:
+                self._failed_plan = plan
+                raise
+            self._started.popleft()
             if sampled is not None:
                 self._post(sampled)
             self._clock.end_plan(plan)
+            self._finished_plan = plan
 
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:

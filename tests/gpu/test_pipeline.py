@@ -1,4 +1,4 @@
-"""The engine on a GPU with the torch reference ops: slow is fine, wrong is not."""
+"""The engine on a GPU: tokens do not depend on stages, on the device, or on CUDA graphs."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ NUM_TOKENS = 48
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 
 
-def generate(devices, **model):
+def generate(devices, *, prompts=PROMPTS, cuda_graphs=True, **model):
     """Token ids of all prompts, submitted at once; devices may repeat."""
     config = configuration.build(
         {
@@ -26,10 +26,11 @@ def generate(devices, **model):
             "model": {"path": "demo", "dtype": "float32"} | model,
             "pipeline": {"stages": len(devices), "devices": devices},
             "cache": {"memory_gib": 0.25},
+            "cuda_graphs": cuda_graphs,
         }
     )
     with open_client(config) as client:
-        requests = [client.submit(prompt, sampling=GREEDY) for prompt in PROMPTS]
+        requests = [client.submit(prompt, sampling=GREEDY) for prompt in prompts]
         return [request.result(300.0).token_ids for request in requests]
 
 
@@ -66,3 +67,15 @@ def test_bfloat16_runs_and_repeats():
     first = generate(["cuda:0", "cuda:0"], dtype="bfloat16")
     assert first == generate(["cuda:0", "cuda:0"], dtype="bfloat16")
     assert all(len(tokens) == NUM_TOKENS for tokens in first)
+
+
+@pytest.fixture(scope="module")
+def without_graphs():
+    """bf16 models are those whose steps are captured; one prompt makes the same plans each time."""
+    return generate(["cuda:0"], prompts=PROMPTS[-1:], cuda_graphs=False, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_steps_as_graphs_draw_the_same(num_stages, without_graphs):
+    devices = ["cuda:0"] * num_stages
+    assert generate(devices, prompts=PROMPTS[-1:], dtype="bfloat16") == without_graphs

@@ -117,15 +117,22 @@ def test_reading_waits() -> None:
     timer.join()
 
 
+class Broken:
+    """A stream whose device has failed."""
+
+    def query(self) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def test_a_failed_device_is_noticed_while_reading() -> None:
-    state = make_state()
-    reader = TokenReader(state)
-    pending = reader.pending(0, 1)
-
-    class Broken:
-        def query(self) -> bool:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+    pending = TokenReader(make_state()).pending(0, 1)
     pending._stream = Broken()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         pending.read()
+
+
+def test_a_failed_device_is_noticed_while_polling() -> None:
+    pending = TokenReader(make_state()).pending(0, 1)
+    pending._stream = Broken()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        any(pending.poll() for _ in range(10_000))

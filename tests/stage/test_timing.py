@@ -73,6 +73,21 @@ def test_each_part_is_what_passed_in_it(now):
     expect(clock, idle=5, busy=370, wait_input=20, wait_output=80, host_gap=160)
 
 
+def test_a_stage_is_busy_until_the_last_plan_at_work_has_ended(now):
+    """Plans that are enqueued on a device one behind the other."""
+    clock = StageClock(now)
+    clock.begin_plan(after_idle=True)
+    now.now_ns += 10
+    clock.begin_plan(after_idle=False)
+    now.now_ns += 20
+    clock.end_plan(0)
+    now.now_ns += 40
+    expect(clock, busy=70)
+    clock.end_plan(1)
+    now.now_ns += 80
+    expect(clock, busy=70, open=80)
+
+
 def test_a_wait_between_plans_is_no_wait_for_input(now):
     """The probe of an edge waits too, before the first plan."""
     clock = StageClock(now)
@@ -183,6 +198,24 @@ def test_a_recorder_keeps_plans_and_waits(now):
         (StageState.HOST_GAP, 1_000, 2_000),
         (StageState.WAIT_INPUT, 2_100, 2_300),
     ]
+
+
+def test_a_plan_behind_another_begins_when_that_one_ends(now):
+    posted = []
+    recorder = PlanRecorder(0, 0, posted.append)
+    clock = StageClock(now)
+    clock.start(recorder)
+    for _ in range(3):  # at 1000, 1100, 1200
+        clock.begin_plan(after_idle=False)
+        now.now_ns += 100
+    for plan in range(3):
+        clock.end_plan(plan)
+        now.now_ns += 1_000
+    clock.begin_plan(after_idle=False)
+    clock.end_plan(3)
+    plans = [fields for trace in [*posted, recorder.take()] for fields in unpack(trace.plans, 5)]
+    times = [(fields[0], fields[1], fields[4]) for fields in plans]
+    assert times == [(0, 1_000, 1_300), (1, 1_300, 2_300), (2, 2_300, 3_300), (3, 4_300, 4_300)]
 
 
 def test_marks_of_one_plan_are_not_those_of_the_next(now):

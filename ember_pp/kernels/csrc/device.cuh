@@ -112,9 +112,9 @@ __device__ __forceinline__ float block_sum(float x) {
  * has ended, and both of these do nothing).
  *
  * A kernel may start while the one before still runs. Until `wait_for_previous_kernel` it may
- * read only what no kernel of ours writes: weights, and the inputs of the step, which a copy
- * brought before the first kernel; and it writes nothing. Every kernel calls it, so once it
- * returns all earlier kernels have ended.
+ * read only weights, and the inputs of the step, which a copy or `begin_step` brought before the
+ * first kernel: with neither does anything overlap; and it writes nothing. Every kernel calls it,
+ * so once it returns all earlier kernels have ended.
  */
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
