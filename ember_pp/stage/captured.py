@@ -133,10 +133,14 @@ class CapturedSteps:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture what is known to come: every size of plans without chunks, the largest first,
-        so that the smaller ones find memory. Before the first plan: all rows are padding."""
+        """Capture what is known to come: the largest step with chunks, and every size of plans
+        without, the largest first, so that all smaller ones find memory in the pool. Before the
+        first plan: all rows are padding."""
         if not self._graphs.is_on:
             return
+        max_rows, max_tokens = self._limits.max_rows, self._limits.max_tokens
+        largest = mixed_size(min(max_tokens, MAX_CAPTURED_TOKENS), max_tokens, MAX_CAPTURED_TOKENS)
+        self._layers_by_graph(StepShape(False, largest, max_rows, num_samples=0))
         for size in reversed(decode_sizes(self._limits.max_rows)):
             shape = StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
             self._whole_step(shape)
@@ -189,8 +193,7 @@ class CapturedSteps:
         if on_layer is not None:
             self._select(shape, self._layers(shape, _unpadded(on_layer, step)))
         else:
-            key = dataclasses.replace(shape, num_samples=0)
-            self._run(key, lambda: self._select(shape, self._layers(shape, None)))
+            self._layers_by_graph(shape)
         if not num_drawn:
             return self._end(self._nothing_drawn), None
         if is_plain and not is_watched:
@@ -220,6 +223,14 @@ class CapturedSteps:
         return self._run(
             shape, lambda: self._draw(shape, self._model.head(self._layers(shape, None)))
         )
+
+    def _layers_by_graph(self, shape: StepShape) -> None:
+        """What of a step does not depend on how many rows sample, by one graph."""
+        if self._sampler is None:
+            self._whole_step(shape)
+            return
+        key = dataclasses.replace(shape, num_samples=0)
+        self._run(key, lambda: self._select(shape, self._layers(shape, None)))
 
     def _hidden_states(self, shape: StepShape, on_layer: OnLayer | None) -> Tensor:
         output = self._layers(shape, on_layer)

@@ -152,11 +152,17 @@ def test_what_is_watched_is_seen_without_padding_and_not_captured(is_last: bool)
     assert not graphs.captured
 
 
+def known_sizes(graphs: ReplayedGraphs) -> list[int]:
+    """Tokens of the graphs, in the order in which they were captured."""
+    return [key.num_tokens for key in graphs.captured]
+
+
 @pytest.mark.parametrize("is_last", [False, True])
 def test_no_plan_without_chunks_waits_for_a_graph(is_last: bool) -> None:
     steps, graphs = make_steps(is_last=is_last)
     steps.warm_up()
     known = set(graphs.captured)
+    assert known_sizes(graphs)[0] == MAX_TOKENS, "smaller ones then find memory"
     for num_rows in range(1, MAX_SLOTS + 1):
         step = steps.begin(num_rows, decodes(num_rows))
         output = steps.draw(step, None, None)[0] if is_last else steps.hidden_states(step, None)
