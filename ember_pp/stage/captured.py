@@ -30,6 +30,9 @@ MAX_CAPTURED_TOKENS = 2048
 """Steps with chunks are captured, and padded, up to so many tokens: beyond, the device is busy
 for longer than the host needs to launch every kernel."""
 
+MAX_CAPTURED_ROWS = 1024
+"""With more rows than this at once nothing is captured: attention has no room for them."""
+
 OnLogits = Callable[[Tensor], None]
 
 

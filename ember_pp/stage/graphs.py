@@ -7,6 +7,7 @@ wait for the device.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 
 import torch
@@ -58,9 +59,11 @@ class Graphs:
         compute()
         graph = torch.cuda.CUDAGraph()
         # Other threads may ask the driver for this and that meanwhile.
+        gc.disable()  # a pinned tensor that went meanwhile would leave its event in the graph
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             output = compute()
         finally:
             graph.capture_end()
+            gc.enable()
         return graph, output

@@ -39,7 +39,7 @@ from ember_pp.protocol import (
     unpack_i32,
 )
 from ember_pp.stage import capacity
-from ember_pp.stage.captured import CapturedSteps, StepLimits
+from ember_pp.stage.captured import MAX_CAPTURED_ROWS, CapturedSteps, StepLimits
 from ember_pp.stage.captured_runner import CapturedRunner
 from ember_pp.stage.failure import failure_of
 from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
@@ -460,8 +460,13 @@ class _Slice:
         assert self._ops is not None, "load comes first"
         message, cfg = self.message, self.model_config
         block_size = self.config.cache.block_size
-        is_captured = self.device.type == "cuda" and self._ops.captures_attention(
-            self.dtype, cfg.head_dim, cfg.num_heads // cfg.num_kv_heads, block_size
+        max_rows = min(message.max_slots, self.config.scheduler.max_tokens_per_plan)
+        is_captured = (
+            self.device.type == "cuda"
+            and max_rows <= MAX_CAPTURED_ROWS
+            and self._ops.captures_attention(
+                self.dtype, cfg.head_dim, cfg.num_heads // cfg.num_kv_heads, block_size
+            )
         )
         kv_cache = KVCache.allocate(
             cfg, self.num_layers, num_blocks, block_size, self.dtype, self.device
