@@ -226,6 +226,33 @@ struct NextStage {
   }
 };
 
+/* Barriers, and what the ring has room for. */
+template <typename Next>
+__device__ __forceinline__ void ask_first_round(Next& next, int num_stages, bf16* ring,
+                                                Barriers barriers) {
+  const int warp = threadIdx.x / kWarpSize;
+#if __CUDA_ARCH__ < 900
+  if (threadIdx.x < num_stages) init_barrier(barriers.full(threadIdx.x), kArrivals);
+  if (threadIdx.x < num_stages) init_barrier(barriers.empty(threadIdx.x), kSkinnyThreads);
+  __syncthreads();
+#endif
+#pragma unroll 1
+  for (int slot = 0; slot < num_stages && next.left > 0; ++slot) {
+    if (slot % kSkinnyWarps == warp) {
+#if __CUDA_ARCH__ >= 900
+      if (threadIdx.x % kWarpSize == 0) {  // the others see it after the next barrier of all
+        init_barrier(barriers.full(slot), kArrivals);
+        init_barrier(barriers.empty(slot), kSkinnyThreads);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      }
+      __syncwarp();
+#endif
+      next.ask(ring, barriers, slot);
+    }
+    next.advance();
+  }
+}
+
 // ---- x --------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint4 sum_of(uint4 a, uint4 b) {
@@ -498,7 +525,7 @@ __device__ __forceinline__ void write_outputs(const Work<kHeld, kGated>& work, c
 
 /* Thread blocks, of any kernels like this, whose registers a multiprocessor has room for. */
 template <int kRows, bool kShared>
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ == 900
 constexpr int kMinBlocks = kRows == 8 && kShared ? 3 : kRows <= 16 ? 2 : 1;
 #else
 constexpr int kMinBlocks = !kShared ? 1 : kRows == 8 ? 3 : kRows == 16 ? 2 : 1;
@@ -517,32 +544,13 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kMinBlocks<kRows, kShared>))
   const int x_pitch = kShared ? pitch_of_x(a.width) : a.width;
   bf16* const norm_weight = x + (kShared ? a.num_rows * x_pitch : 0);
   float* const parts = reinterpret_cast<float*>(norm_weight + (kNorm ? a.width : 0));
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
 
   const Work<kHeld, kGated> work(a);
   const int num_tiles = work.num_tiles, num_chunks = work.num_chunks;
   NextStage<kHeld, kGated> next(work);
   if (next.left <= a.num_left) let_next_kernel_start();
-#if __CUDA_ARCH__ < 900
-  if (threadIdx.x < a.num_stages) init_barrier(barriers.full(threadIdx.x), kArrivals);
-  if (threadIdx.x < a.num_stages) init_barrier(barriers.empty(threadIdx.x), kSkinnyThreads);
-  __syncthreads();
-#endif
-#pragma unroll 1
-  for (int slot = 0; slot < a.num_stages && next.left > 0; ++slot) {
-    if (slot % kSkinnyWarps == warp) {
-#if __CUDA_ARCH__ >= 900
-      if (lane == 0) {  // the others see it after the barrier below
-        init_barrier(barriers.full(slot), kArrivals);
-        init_barrier(barriers.empty(slot), kSkinnyThreads);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      }
-      __syncwarp();
-#endif
-      next.ask(ring, barriers, slot);
-    }
-    next.advance();
-  }
+  ask_first_round(next, a.num_stages, ring, barriers);
   if constexpr (kNorm) {
     for (int pack = threadIdx.x; pack < a.width / 8; pack += kSkinnyThreads) {
       Pack<bf16, 8> weights;
