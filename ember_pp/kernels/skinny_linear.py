@@ -27,14 +27,19 @@ _CHUNK = 1024
 _STAGE_BYTES = _TILE_ROWS * (_CHUNK + 32) * 2
 _MOST_STAGES = 16
 _FEWEST_STAGES = 4
-_BARRIER_BYTES = 128
+_BARRIER_BYTES = 256
 _STATIC_BYTES = 1024
 """Shared memory that the kernel declares by itself."""
-_MOST_TILES = {8: 8, 16: 6, 32: 4}
-"""Tiles that a warp keeps sums of, by the rows that there is room for: registers are the limit."""
+_ROOMS = (8, 16, 32)
+_HELD = 2
+"""Pairs of tiles that share what is read of x, where that is not in shared memory."""
+_PARTS_TILES = 64
+"""Rows times tiles of a pass: what the parts of sums of a pass take of shared memory."""
 _SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """Most shared memory of a thread block by compute capability; 99 elsewhere."""
-_ARGUMENTS = "7P4if0P"
+_NUM_LEFT = 3
+"""Stages that a thread block has still to ask for when the next kernel may start."""
+_ARGUMENTS = "7P6if0P"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,12 +48,14 @@ class Plan:
 
     rows: int
     """The kernel has room for so many."""
-    tiles: int
-    """Of 8 rows of the weight, that a thread block goes through at a time."""
-    stages: int
-    """Of its ring."""
+    held: int
+    """Pairs of tiles that go through the columns side by side."""
     is_shared: bool
     """Whether the rows are put in shared memory first."""
+    stages: int
+    """Of the ring."""
+    pass_tiles: int
+    """Of 8 rows of the weight, whose sums are added up together."""
     num_blocks: int
     shared_bytes: int
 
@@ -76,27 +83,26 @@ def make_plan(
     """
     if not 0 < num_rows <= MOST_ROWS or width % 32 or not width or not num_outputs:
         return None
-    rows = next(room for room in _MOST_TILES if room >= num_rows)
+    rows = next(room for room in _ROOMS if room >= num_rows)
     num_groups, unit = -(-num_outputs // _TILE_ROWS), 2 if is_gated else 1
     groups_of_block = -(-num_groups // num_multiprocessors)
     num_tiles = groups_of_block * unit
-    passes = -(-num_tiles // _MOST_TILES[rows])
-    tiles = -(-groups_of_block // passes) * unit
     num_stages = min(num_tiles * -(-width // _CHUNK), _MOST_STAGES)
-    parts_bytes = _WARPS * num_rows * (tiles * _TILE_ROWS + 8) * 4
-    fixed_bytes = _BARRIER_BYTES + parts_bytes + (2 * width if is_normed else 0)
     x_bytes = num_rows * (width + (64 if width % 64 else 32)) * 2
-    for is_shared in (True, False):
-        used = fixed_bytes + (x_bytes if is_shared else 0)
+    for is_shared in (True,) if is_normed else (True, False):
+        held = 1 if is_shared else _HELD
+        passed = max(1, _PARTS_TILES // num_rows // (2 * held)) * 2 * held
+        pass_tiles = min(num_tiles, passed)
+        parts_bytes = _WARPS * num_rows * (pass_tiles * _TILE_ROWS + 4) * 4
+        used = _BARRIER_BYTES + parts_bytes
+        used += (x_bytes if is_shared else 0) + (2 * width if is_normed else 0)
         # Half of a multiprocessor, so that the next kernel fits beside this one, if that will do.
         for limit in (shared_limit // 2, shared_limit):
             stages = min(num_stages, (limit - _STATIC_BYTES - used) // _STAGE_BYTES)
             if stages >= min(num_stages, _FEWEST_STAGES):
                 blocks = -(-num_groups // groups_of_block)
                 shared_bytes = used + stages * _STAGE_BYTES
-                return Plan(rows, tiles, stages, is_shared, blocks, shared_bytes)
-        if is_normed:
-            return None
+                return Plan(rows, held, is_shared, stages, pass_tiles, blocks, shared_bytes)
     return None
 
 
@@ -161,7 +167,7 @@ class SkinnyLinear:
         )
         kernel = self._kernels.get(
             "skinny_linear.cuh",
-            f"skinny_linear_kernel<{plan.rows}, {plan.tiles}, {flags}>",
+            f"skinny_linear_kernel<{plan.rows}, {plan.held}, {flags}>",
             _ARGUMENTS,
         )
         output = input.new_empty((num_rows, num_outputs))
@@ -179,6 +185,8 @@ class SkinnyLinear:
             width,
             num_outputs,
             plan.stages,
+            plan.pass_tiles,
+            _NUM_LEFT,
             eps,
         )
         kernel.launch((plan.num_blocks, 1), _THREADS, arguments, shared_bytes=plan.shared_bytes)

@@ -289,11 +289,14 @@ HOT = [
     ("swiglu.cuh", "swiglu_kernel<bf16, 8>"),
     ("step.cuh", "begin_step_kernel"),
     ("step.cuh", "end_step_kernel"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<8, 1, false, false, true>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<8, 8, true, false, true>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<8, 8, true, true, true>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<16, 6, true, true, true>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<16, 6, false, false, false>"),
+    *(
+        ("skinny_linear.cuh", f"skinny_linear_kernel<{rows}, 1, {flags}, true>")
+        for rows in (8, 16, 32)
+        for flags in ("false, false", "true, false", "true, true")
+    ),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, 2, false, false, false>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, 2, false, false, false>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, 2, false, true, false>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 4>"),
@@ -317,12 +320,22 @@ OTHERS = [
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 1, 8, true>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<float, 24, 4, true, true>"),
     ("swiglu.cuh", "swiglu_kernel<float, 1>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<32, 4, true, true, true>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<32, 4, false, true, false>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 3, 2, 8>"),
     ("sampling.cuh", "sample_tokens_kernel<bf16, 1, false>"),
     ("sampling.cuh", "sample_tokens_kernel<float, 8, false>"),
     ("top_logprobs.cuh", "top_logprobs_kernel<float, 1, false>"),
+    *(
+        ("skinny_linear.cuh", f"skinny_linear_kernel<{instance}>")
+        for instance in (
+            "8, 2, false, true, false",
+            "32, 2, false, false, false",
+            "32, 2, false, true, false",
+        )
+    ),
+    *(
+        ("skinny_linear.cuh", f"skinny_linear_kernel<{rows}, 1, false, true, true>")
+        for rows in (8, 16, 32)
+    ),
 ]
 
 
@@ -345,7 +358,7 @@ def products_of_the_models() -> set[tuple[str, str]]:
             plan = make_plan(num_rows, width, num_outputs, **flags, **H100)
             if plan is not None:
                 booleans = (is_normed, is_gated, plan.is_shared)
-                numbers = [plan.rows, plan.tiles, *(str(flag).lower() for flag in booleans)]
+                numbers = [plan.rows, plan.held, *(str(flag).lower() for flag in booleans)]
                 expression = f"skinny_linear_kernel<{', '.join(map(str, numbers))}>"
                 needed.add(("skinny_linear.cuh", expression))
     return needed
