@@ -67,8 +67,9 @@ class Balanced:
 
         (B / size + patience * (M - 1)) * time(size)
 
-    So it grows with the square root of the backlog, and a single micro-batch, which keeps nobody
-    waiting, takes all that it may. Every plan then takes what brings it to the time of this
+    So it grows with the square root of the backlog. A single micro-batch, which keeps nobody
+    waiting, takes all that it may: the pairs of attention, which make a longer chunk look dear, are
+    there in shorter ones as well. Every plan then takes what brings it to the time of this
     average plan: less beside more decode rows, or far inside a long prompt.
     """
 
@@ -101,6 +102,8 @@ class Balanced:
         def plan_s(size: int) -> float:
             return time_s(decodes, size, context + size)
 
+        if load.num_microbatches == 1:
+            return max(free_s, plan_s(len(sizes)))
         size = max(1, bisect.bisect_right(sizes, free_s, key=plan_s))
         size_s = plan_s(size)
         weight, backlog = self.patience * (load.num_microbatches - 1), load.backlog_tokens

@@ -144,3 +144,24 @@ def test_greedy_takes_all_sequences_and_all_tokens():
 
 def test_fixed_takes_what_decode_rows_leave_of_the_budget():
     assert POLICIES["fixed"].prefill_tokens(load(100)) == 1948
+
+
+def test_a_single_micro_batch_takes_all_even_where_long_chunks_look_dear() -> None:
+    """Also where longer chunks are predicted to take longer per token."""
+
+    def plan_s(decodes: float, prefill: float, context: float) -> float:
+        return 1e-3 + 1e-5 * (decodes + prefill) + 1e-8 * prefill * prefill
+
+    for backlog in (1, 100, 5000, 100_000):
+        load = Load(
+            num_decodes=3,
+            num_context_tokens=300,
+            num_decoding=3,
+            num_decoding_context_tokens=300,
+            backlog_tokens=backlog,
+            num_begun_tokens=0,
+            num_microbatches=1,
+            max_tokens_per_plan=8192,
+            plan_time_s=plan_s,
+        )
+        assert Balanced().prefill_tokens(load) == min(backlog, 8192)

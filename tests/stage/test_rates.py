@@ -1,4 +1,4 @@
-"""Rates of a device: what the measured times come to, and that a card has about what it should."""
+"""Rates of a device: what the measured times come to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 
-from ember_pp.devices import find_devices
 from ember_pp.stage import rates
 
 CPU = torch.device("cpu")
@@ -50,13 +48,3 @@ def test_the_process_says_what_it_measured() -> None:
     assert measured["num_threads"] == 1
     assert 1e8 < measured["read_bytes_per_s"] < 1e12
     assert 1e8 < measured["flops_per_s"] < 1e13
-
-
-@pytest.mark.gpu
-def test_a_card_reaches_most_of_what_its_vendor_says() -> None:
-    measured = rates.measure(torch.device("cuda", 0), torch.bfloat16)
-    [card] = find_devices(["cuda:0"])
-    assert 0.5 < measured["read_bytes_per_s"] / card.bandwidth_bytes_per_s < 1.0
-    assert 0.3 < measured["flops_per_s"] / card.flops_per_s < 1.0
-    assert measured["read_spread"][0] > 0.8 * measured["read_spread"][1]
-    assert measured["uuid"].startswith("GPU-")
