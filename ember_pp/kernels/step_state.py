@@ -129,14 +129,6 @@ class StepState:
             ),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the device, without ``last_tokens``."""
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
-        tensors = [x for x in fields if isinstance(x, Tensor)]
-        own = (x for x in tensors if x is not self.last_tokens and x is not self.results)
-        return sum(x.nbytes for x in own)
-
     @functools.cached_property
     def pointers(self) -> tuple[int, ...]:
         """Addresses of ``block_table``, ``last_tokens`` (0: none) and ``expanded``."""

@@ -129,11 +129,6 @@ class CapturedSteps:
         leaving = (2, limits.max_rows) if sampler is not None else (1, limits.max_tokens)
         self._leaving = torch.zeros((*leaving, width), dtype=dtype, device=device)
 
-    @property
-    def num_bytes(self) -> int:
-        """Device memory of all inputs and outputs."""
-        return self.state.num_bytes + self._received.nbytes + self._leaving.nbytes
-
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture what is known to come: the largest step with chunks, and every size of plans
