@@ -241,7 +241,6 @@ def step(card: Card) -> None:
                 block_size=16,
                 max_pending=2,
                 last_tokens=last_tokens if is_first else None,
-                keeps_drawn=is_first,
                 device=card.device,
             )
             lens = [1] * num_decodes + chunk_lens

@@ -298,7 +298,7 @@ class CudaOps:
         """One thread block."""
         kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPPPii")
         output = torch.empty_like(drawn, dtype=torch.int32)
-        last_tokens = state.last_tokens if state.keeps_drawn else None
+        last_tokens = state.last_tokens
         arguments = (
             drawn.contiguous().data_ptr(),
             slots.contiguous().data_ptr(),

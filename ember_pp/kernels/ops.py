@@ -521,7 +521,7 @@ class Ops:
         """Bring what was drawn to the host, and to the next step.
 
         ``state.results[turn, 2:]`` becomes ``drawn``, then the mark of the plan is written before
-        it. Where ``state.keeps_drawn``, ``last_tokens[slots[n]] = max(drawn[n], 0)``.
+        it. Where there is ``state.last_tokens``, ``last_tokens[slots[n]] = max(drawn[n], 0)``.
 
         Shapes:
             drawn:    [N] int64   negative where nothing could be drawn; N may be 0

@@ -248,7 +248,7 @@ def begin_step(plan: PlanWords, state: StepState) -> None:
 
 def end_step(drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
     """``results[turn, 2:] = drawn``; ``last_tokens[slots[n]] = max(drawn[n], 0)``."""
-    if state.keeps_drawn and state.last_tokens is not None:
+    if state.last_tokens is not None:
         is_row = slots >= 0
         state.last_tokens[slots[is_row].long()] = drawn[is_row].clamp(min=0)
     turn, mark = state.turn_and_mark.tolist()

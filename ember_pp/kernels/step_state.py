@@ -57,9 +57,8 @@ class StepState:
     block_table: Tensor
     """[M, W] int32 block ids of each slot."""
     last_tokens: Tensor | None
-    """[M] int64 token drawn last for each slot, on the first stage."""
-    keeps_drawn: bool
-    """Whether ``end_step`` writes ``last_tokens``: with a single stage. Else feedback does."""
+    """[M] int64 token drawn last for each slot, on the first stage. ``end_step`` writes it where
+    that is the last one as well; else feedback does."""
     token_ids: Tensor
     """[T] int64."""
     positions: Tensor
@@ -97,7 +96,6 @@ class StepState:
         block_size: int,
         max_pending: int,
         last_tokens: Tensor | None,
-        keeps_drawn: bool,
         device: torch.device,
     ) -> StepState:
         """Everything as of a step without rows."""
@@ -110,7 +108,6 @@ class StepState:
             block_size=block_size,
             block_table=full(0, max_slots, max_blocks_per_sequence),
             last_tokens=last_tokens,
-            keeps_drawn=keeps_drawn,
             token_ids=full(0, max_tokens, dtype=long),
             positions=full(0, max_tokens, dtype=long),
             slot_mapping=full(-1, max_tokens, dtype=long),

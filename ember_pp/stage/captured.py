@@ -84,9 +84,9 @@ class CapturedSteps:
         kv_cache: of those layers; says the device.
         ops: as in ``model``.
         limits: of any step.
-        is_first: embeds tokens.
         sampler: on the last stage.
-        last_tokens: [max_slots] int64 token drawn last for each slot, on the first stage.
+        last_tokens: [max_slots] int64 token drawn last for each slot, on the first stage, which
+            embeds them.
         uses_graphs: False: the same steps, padded alike, without graphs.
     """
 
@@ -103,6 +103,7 @@ class CapturedSteps:
     ) -> None:
         self._model, self._kv_cache, self._ops = model, kv_cache, ops
         self._limits = limits
+        self._decode_sizes = decode_sizes(limits.max_rows)
         self._sampler = sampler
         self._is_first = last_tokens is not None
         storage = kv_cache.storage
@@ -116,8 +117,6 @@ class CapturedSteps:
             block_size=kv_cache.block_size,
             max_pending=limits.max_pending,
             last_tokens=last_tokens,
-            # With several stages the first one is elsewhere: a feedback edge leads there.
-            keeps_drawn=sampler is not None,
             device=device,
         )
         self._writer = PlanWriter(limits.max_rows, limits.max_tokens, limits.max_pending, device)
@@ -139,7 +138,7 @@ class CapturedSteps:
         max_rows, max_tokens = self._limits.max_rows, self._limits.max_tokens
         largest = mixed_size(min(max_tokens, MAX_CAPTURED_TOKENS), max_tokens, MAX_CAPTURED_TOKENS)
         self._layers_by_graph(StepShape(False, largest, max_rows, num_samples=0))
-        for size in reversed(decode_sizes(self._limits.max_rows)):
+        for size in reversed(self._decode_sizes):
             shape = StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
             self._whole_step(shape)
 
@@ -245,14 +244,13 @@ class CapturedSteps:
 
     def _select(self, shape: StepShape, output: LayerOutput) -> Tensor:
         """What comes out of the layers of the rows that sample, and of all behind them."""
-        rows = None if shape.is_decode else self.state.sample_rows
         for leaving, tensor in zip(self._leaving, output, strict=True):
             if tensor is None:
-                leaving.zero_()
-            elif rows is None:
+                continue  # a stage without layers adds nothing: the zeros of the beginning
+            if shape.is_decode:
                 leaving[: shape.num_tokens] = tensor
             else:
-                torch.index_select(tensor, 0, rows, out=leaving)
+                torch.index_select(tensor, 0, self.state.sample_rows, out=leaving)
         return self._leaving
 
     def _head(self, shape: StepShape) -> Tensor:
@@ -274,14 +272,14 @@ class CapturedSteps:
     def _shape(self, rows: PlanRows) -> StepShape:
         max_rows, num_tokens = self._limits.max_rows, rows.num_tokens
         if not rows.chunk_slots:
-            size = decode_size(num_tokens, max_rows)
+            size = decode_size(num_tokens, self._decode_sizes)
             return StepShape(is_decode=True, num_tokens=size, num_rows=size, num_samples=size)
         num_samples = rows.num_decodes + sum(rows.chunk_samples)
         return StepShape(
             is_decode=False,
             num_tokens=mixed_size(num_tokens, self._limits.max_tokens, MAX_CAPTURED_TOKENS),
             num_rows=max_rows,
-            num_samples=decode_size(num_samples, max_rows) if num_samples else 0,
+            num_samples=decode_size(num_samples, self._decode_sizes) if num_samples else 0,
         )
 
     def _view(self, shape: StepShape) -> _View:

@@ -6,7 +6,9 @@ and the same whether a step is captured in a CUDA graph or not. So equal plans g
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+from collections.abc import Sequence
 
 _SMALLEST_CHUNKS = 16
 """Fewest tokens of a step with chunks."""
@@ -40,17 +42,9 @@ def decode_sizes(max_rows: int) -> list[int]:
     return [*sizes, max_rows]
 
 
-def decode_size(num_rows: int, max_rows: int) -> int:
-    """The first of ``decode_sizes`` that is no less than ``num_rows``."""
-    if num_rows <= 8:
-        size = 1 << (num_rows - 1).bit_length()
-    elif num_rows <= 64:
-        size = -(-num_rows // 8) * 8
-    elif num_rows <= 256:
-        size = -(-num_rows // 16) * 16
-    else:
-        size = -(-num_rows // 32) * 32
-    return min(size, max_rows)
+def decode_size(num_rows: int, sizes: Sequence[int]) -> int:
+    """The first of ``sizes``, which are ``decode_sizes``, that is no less than ``num_rows``."""
+    return sizes[bisect.bisect_left(sizes, num_rows)]
 
 
 def mixed_size(num_tokens: int, max_tokens: int, max_padded: int) -> int:

@@ -29,7 +29,6 @@ def make_state(
         block_size=BLOCK_SIZE,
         max_pending=3,
         last_tokens=last_tokens.to(device) if is_first else None,
-        keeps_drawn=True,
         device=device,
     )
     for tensor in state.expanded:

@@ -36,7 +36,6 @@ class FakeSteps:
             block_size=16,
             max_pending=3,
             last_tokens=None,
-            keeps_drawn=True,
             device=CPU,
         )
 

@@ -85,7 +85,6 @@ def make_state() -> StepState:
         block_size=16,
         max_pending=3,
         last_tokens=None,
-        keeps_drawn=False,
         device=CPU,
     )
 
