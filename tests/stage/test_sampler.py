@@ -325,6 +325,21 @@ def test_the_table_draws_plain_slots_as_the_sampler_does():
         assert draw_by_table(sampler, logits, slots, [position] * 39) == drawn
 
 
+def test_settings_go_to_the_table_once(monkeypatch):
+    """A plan that opens no slot costs the sampler nothing."""
+    sampler = make_sampler(open_slot(1), open_slot(2))
+    written = []
+    update = sampler.params.update
+    monkeypatch.setattr(
+        sampler.params, "update", lambda changes: (written.append(sorted(changes)), update(changes))
+    )
+    sampler.flush()
+    sampler.flush()
+    sampler.open(open_slot(2, temperature=0.5))
+    sampler.flush()
+    assert written == [[1, 2], [], [2]]
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"logprobs": 0}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 0.1}, {"min_tokens": 1}],
