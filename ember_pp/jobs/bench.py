@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from ember_pp.jobs.bench_run import (
 )
 from ember_pp.jobs.bench_workload import BenchWorkload, make_workload
 from ember_pp.jobs.child import run_child
+from ember_pp.jobs.json_file import write_json
 from ember_pp.jobs.session import open_client
 
 Connect = Callable[[Config], contextlib.AbstractContextManager[BenchClient]]
@@ -253,20 +253,13 @@ def _result_of(
 
 
 def _report(job: BenchJob, result: Mapping[str, Any]) -> None:
-    text = json.dumps(result, indent=2) + "\n"
     print(bench_report.render(result), file=sys.stderr if job.output == "-" else sys.stdout)
     if job.output is None:
         return
     if job.output == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
-    path = Path(job.output)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"job.output: {path}: {error.strerror}") from None
+    write_json("job.output", Path(job.output), result)
 
 
 def _say(text: str) -> None:

@@ -7,9 +7,7 @@ the layers are measured first, in a child process; this one never loads torch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +22,9 @@ from ember_pp.devices import (
     machine_devices,
     parse_devices,
 )
-from ember_pp.errors import EXIT_OK, CapacityError, ConfigError
+from ember_pp.errors import EXIT_OK, CapacityError
 from ember_pp.jobs import plan_profile, plan_report, plan_workload
+from ember_pp.jobs.json_file import write_json
 from ember_pp.jobs.plan_prediction import Prediction, factorizations, least_stages, predict
 from ember_pp.jobs.plan_workload import Simulated
 from ember_pp.model_config import ModelConfig
@@ -196,9 +195,4 @@ def _write(
         "best": [one.to_plain() | {"overrides": one.overrides(config)} for one in best],
         "simulation": None if simulated is None else simulated.to_plain(),
     }
-    try:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ConfigError(f"plan.output: {path}: {error.strerror}") from None
+    write_json("plan.output", path, plain)

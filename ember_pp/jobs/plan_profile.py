@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from ember_pp.cost_model import Profile, profile_path
 from ember_pp.devices import DeviceSpec, machine_devices
 from ember_pp.errors import ConfigError
 from ember_pp.jobs.child import run_child
+from ember_pp.jobs.json_file import write_json
 from ember_pp.model_config import ModelConfig
 
 
@@ -70,11 +69,9 @@ def _torch_name(device: DeviceSpec) -> str:
 def _store(path: Path, profile: Profile) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(profile.to_plain(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
     except OSError as error:
         raise ConfigError(f"plan.profile_folder: {path}: {error.strerror}") from None
+    write_json("plan.profile_folder", path, profile.to_plain())
 
 
 def _describe(profile: Profile) -> str:
