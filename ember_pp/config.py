@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.sampling_params import SamplingParams, suggest
+from ember_pp.supervisor_settings import SupervisorSettings
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,6 +454,7 @@ class Config:
     scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    supervisor: SupervisorSettings = dataclasses.field(default_factory=SupervisorSettings)
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     trace: TraceSettings = dataclasses.field(default_factory=TraceSettings)
     debug: DebugSettings = dataclasses.field(default_factory=DebugSettings)
@@ -487,6 +489,7 @@ def build(plain: Mapping[str, Any]) -> Config:
         config.scheduler,
         config.sampling,
         config.coordinator,
+        config.supervisor,
         config.metrics,
         config.trace,
         config.debug,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -46,7 +47,6 @@ from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
 logger = logging.getLogger(__name__)
 
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
-_START_CHECK_INTERVAL_S = 0.5
 _GONE_CHECK_DELAY_S = 0.1
 """From a broken connection to looking who is gone: the socket may hear of it a little later."""
 _NO_TOKEN = (
@@ -132,8 +132,9 @@ class Coordinator:
         for pipeline in self._pipelines:
             for sequence, token_id, logprobs in pipeline.take_messages():
                 self._on_token(sequence, token_id, logprobs)
-            if readable or not self._is_ready:
+            if readable or not pipeline.is_ready:
                 pipeline.check()
+            pipeline.watch()
         if not self._is_ready:
             self._open_when_ready()
         if self._admission.descriptor in readable:
@@ -148,11 +149,12 @@ class Coordinator:
         if self._metrics is not None and self._metrics.request_descriptor in readable:
             self._metrics.publish(self.status())
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         """How long the loop may sleep."""
+        moments_s = [pipeline.next_watch_s for pipeline in self._pipelines]
         if self._gone_check_at_s is not None:
-            return max(0.0, min(_START_CHECK_INTERVAL_S, self._gone_check_at_s - time.monotonic()))
-        return None if self._is_ready else _START_CHECK_INTERVAL_S
+            moments_s.append(self._gone_check_at_s)
+        return max(0.0, min(moments_s) - time.monotonic())
 
     def _open_when_ready(self) -> None:
         """Let in what waited for the start, once every replica can take it."""
@@ -247,7 +249,11 @@ class Coordinator:
             self._waiting_for_start.append(request)
             return
         if len(self._pipelines) > 1:
-            loads = [pipeline.load_tokens for pipeline in self._pipelines]
+            are_ready = [pipeline.is_ready for pipeline in self._pipelines]
+            loads = [
+                pipeline.load_tokens if pipeline.is_ready or not any(are_ready) else math.inf
+                for pipeline in self._pipelines
+            ]
             request.replica = self._router.choose(request.sequence.prompt_ids, loads)
         scheduler = self._pipelines[request.replica].scheduler
         assert scheduler is not None, "a coordinator that is ready has schedulers"
@@ -333,6 +339,13 @@ class Coordinator:
 
     # status
 
+    @property
+    def _phase(self) -> str:
+        if not self._is_ready:
+            return "loading"
+        is_whole = all(pipeline.is_ready for pipeline in self._pipelines)
+        return "ready" if is_whole else "renewing"
+
     def status(self) -> dict[str, Any]:
         """The map that ``StatusReply`` carries; ``docs/protocol.md`` lists its keys."""
         model = self._preparation.model_config
@@ -342,7 +355,8 @@ class Coordinator:
             counts.update(part["counts"])
         return {
             "version": __version__,
-            "phase": "ready" if self._is_ready else "loading",
+            "phase": self._phase,
+            "problems": [part["problem"] for part in parts if part["problem"]],
             "model": {
                 "path": self._config.model.path,
                 "model_type": model.model_type,
