@@ -266,16 +266,16 @@ class Pipeline:
             return
         if self._trace is not None:
             self._trace.returned(sampled.plan, sampled.epoch)
-        token_ids = protocol.unpack_i32(sampled.token_ids)
-        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
         oldest = self.scheduler.in_flight.oldest
-        if sampled.logprobs and oldest is not None:
-            logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
         try:
+            token_ids = protocol.unpack_i32(sampled.token_ids)
             drawn = self.scheduler.complete(sampled.plan, token_ids)
         except ProtocolError as error:
             self.supervisor.end_epoch(error)
             return
+        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
+        if sampled.logprobs and oldest is not None:
+            logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
         self._watch.complete(time.monotonic())
         for sequence, token_id in drawn:
             yield sequence, token_id, logprobs.get(sequence)

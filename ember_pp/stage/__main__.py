@@ -35,6 +35,7 @@ from ember_pp.protocol import (
     StageConfig,
     StageFailed,
     StageHello,
+    StageProgress,
     StageStats,
     Tally,
 )
@@ -86,6 +87,7 @@ class StageControl:
         self._num_sent = 0
         self._num_sent_told = 0
         self._num_received = 0
+        self._building_told = ""
         self._last_stats: StageStats | None = None
         self._next_report_s = 0.0
         self._thread = threading.Thread(
@@ -167,6 +169,10 @@ class StageControl:
 
     def _report(self, stats: StageStats | None) -> None:
         """Every now and then, what is new."""
+        building = "" if self._worker is None else self._worker.building
+        if building != self._building_told:
+            self._building_told = building
+            self._send(StageProgress(self._stage_index, building, 0, 0))
         if stats is not None and stats != self._last_stats:
             self._send(stats)
             self._last_stats = stats

@@ -55,6 +55,11 @@ class CapturedRunner:
         self._feedback = feedback
         self._reader = None if sampler is None else TokenReader(steps.state)
 
+    @property
+    def is_capturing(self) -> bool:
+        """True while a graph is made. Any thread."""
+        return self._steps.is_capturing
+
     def warm_up(self) -> None:
         """Before the first plan: see ``CapturedSteps.warm_up``."""
         self._steps.warm_up()

@@ -97,6 +97,11 @@ class StageRunner:
         self._last_tokens = last_tokens
         self._feedback = feedback
 
+    @property
+    def is_capturing(self) -> bool:
+        """Never: there are no graphs."""
+        return False
+
     def warm_up(self) -> None:
         """Nothing to do before the first plan."""
 

@@ -193,6 +193,14 @@ class StageWorker:
         if (edges := self._edges) is not None:
             edges.close()
 
+    @property
+    def building(self) -> str:
+        """``compiling`` or ``capturing`` while it does that: it may take long. Any thread."""
+        loaded, runner = self._slice, self._runner
+        if loaded is not None and loaded.is_compiling:
+            return "compiling"
+        return "capturing" if runner is not None and runner.is_capturing else ""
+
     def stats(self) -> StageStats | None:
         """Totals so far and what is waited for now; None before ``Start``. Any thread."""
         loaded, edges = self._slice, self._edges
@@ -445,6 +453,11 @@ class _Slice:
             max_model_len=message.max_model_len,
             ops=self._ops,
         )
+
+    @property
+    def is_compiling(self) -> bool:
+        """True while a kernel is compiled. Any thread."""
+        return self._ops is not None and self._ops.is_building
 
     def loading_advice(self) -> str:
         """What takes memory before there are plans, and what to do about it."""
