@@ -262,7 +262,7 @@ class Pipeline:
 
     def _on_sampled(self, stage: StageState, sampled: protocol.Sampled) -> Iterator[Drawn]:
         if self.scheduler is None or not self.supervisor.is_ready:
-            self.supervisor.end_epoch(ProtocolError(f"{stage} sent tokens before it had a plan"))
+            self.supervisor.blame(stage, ProtocolError(f"{stage} sent tokens without a plan"))
             return
         if self._trace is not None:
             self._trace.returned(sampled.plan, sampled.epoch)
@@ -271,7 +271,7 @@ class Pipeline:
             token_ids = protocol.unpack_i32(sampled.token_ids)
             drawn = self.scheduler.complete(sampled.plan, token_ids)
         except ProtocolError as error:
-            self.supervisor.end_epoch(error)
+            self.supervisor.blame(stage, error)
             return
         logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
         if sampled.logprobs and oldest is not None:

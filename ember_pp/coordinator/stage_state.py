@@ -57,6 +57,8 @@ class StageState:
     num_sent: int = 0
     num_received: int = 0
     num_sent_told: int = 0
+    is_count_doubtful: bool = False
+    """A message to or from it is known to be wrong: a count that differs is no news."""
     num_unanswered: int | None = None
     """Heartbeats since the last answer; None: its heart has not connected yet."""
 
@@ -86,7 +88,8 @@ class StageState:
             ProtocolError: a message was lost, or came twice.
         """
         num_received, self.num_received = self.num_received, tally.num_messages
-        if num_received != tally.num_messages:
+        is_doubtful, self.is_count_doubtful = self.is_count_doubtful, False
+        if num_received != tally.num_messages and not is_doubtful:
             raise ProtocolError(
                 f"{num_received} messages came from stage {self.stage_index}, which has sent "
                 f"{tally.num_messages}"

@@ -168,7 +168,7 @@ class Supervisor:
             return None
         stage.num_received += 1
         if isinstance(message, ProtocolError):
-            self._blame(stage, ProtocolError(f"from stage {stage.stage_index}: {message}"))
+            self.blame(stage, ProtocolError(f"from stage {stage.stage_index}: {message}"))
             return None
         if stage.phase is Phase.ENDING:
             return None
@@ -203,7 +203,7 @@ class Supervisor:
                 self._on_failed(stage, message)
             case _:
                 error = ProtocolError(f"stage {stage.stage_index} sent {type(message).__name__}")
-                self._blame(stage, error)
+                self.blame(stage, error)
 
     def _introduce(self, identity: bytes, hello: protocol.StageHello) -> StageState | None:
         """The stage that this process was started as: it alone knows the token."""
@@ -221,7 +221,8 @@ class Supervisor:
         try:
             stage.check_tally(tally)
         except ProtocolError as error:
-            self._blame(stage, error)
+            self.blame(stage, error)
+            stage.is_count_doubtful = False  # they agree from now on
 
     def _on_progress(self, stage: StageState, progress: protocol.StageProgress) -> None:
         if progress.phase == "weights":
@@ -234,10 +235,15 @@ class Supervisor:
         if failed.is_ending:
             self.end_epoch(error, [stage])
         else:
-            self._blame(stage, error)
+            self.blame(stage, error)
 
-    def _blame(self, stage: StageState, error: EmberError) -> None:
-        """A message to or from ``stage`` went wrong: the process is sound, if it has begun well."""
+    def blame(self, stage: StageState, error: EmberError) -> None:
+        """A message to or from ``stage`` went wrong: the process is sound, if it has begun well.
+
+        Raises:
+            EmberError: as ``end_epoch``.
+        """
+        stage.is_count_doubtful = True
         self.end_epoch(error, [] if stage.has_weights else [stage])
 
     def _send(self, stage: StageState, packed: bytes) -> bool:

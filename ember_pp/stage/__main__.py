@@ -87,6 +87,8 @@ class StageControl:
         self._num_sent = 0
         self._num_sent_told = 0
         self._num_received = 0
+        self._is_count_doubtful = False
+        """What is wrong has been told: a count that differs is no news."""
         self._building_told = ""
         self._last_stats: StageStats | None = None
         self._next_report_s = 0.0
@@ -131,6 +133,7 @@ class StageControl:
             message = self._socket.receive(_REPORT_PERIOD_S)
         except ProtocolError as error:
             self._num_received += 1
+            self._is_count_doubtful = True
             self._end_epoch(error)
             return None
         if isinstance(message, Tally):
@@ -141,7 +144,8 @@ class StageControl:
 
     def _check_tally(self, tally: Tally) -> None:
         num_received, self._num_received = self._num_received, tally.num_messages
-        if num_received != tally.num_messages:
+        is_doubtful, self._is_count_doubtful = self._is_count_doubtful, False
+        if num_received != tally.num_messages and not is_doubtful:
             text = f"got {num_received} messages of {tally.num_messages} that were sent"
             self._end_epoch(ProtocolError(f"stage {self._stage_index} {text}"))
 
@@ -159,8 +163,10 @@ class StageControl:
         while self._outbox:
             message = self._outbox.popleft()
             self._send(message)
-            if isinstance(message, StageFailed) and message.is_ending:
-                return True
+            if isinstance(message, StageFailed):
+                if message.is_ending:
+                    return True
+                self._is_count_doubtful = True
         return False
 
     def _stats_if_due(self) -> StageStats | None:

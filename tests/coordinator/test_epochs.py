@@ -293,3 +293,13 @@ def test_a_probe_that_fails_after_a_renewal_is_tried_again(play):
     index, edge = EDGE_ENDS[0]
     play.say(index, protocol.ProbeReport(1, index, edge, "host_shm", False, "too late"))
     assert play.supervisor.epoch == 2
+
+
+def test_one_message_too_many_is_one_failure(play):
+    """It is noticed by what it says; that the count does not fit either is no news."""
+    play.stages[1]._socket.send(b"\xc1")
+    play.pump(1)
+    play.say(1, protocol.Tally(play.num_sent[1]))
+    assert play.supervisor.epoch == 1
+    play.say(1, protocol.Tally(play.num_sent[1] + 1))
+    assert play.supervisor.epoch == 2

@@ -150,7 +150,7 @@ def run(script, **supervisor):
             )
             for seed in SEEDS
         ]
-        answers = [list(request.result(PATIENCE_S).token_ids) for request in requests]
+        answers = [list(request.result(60.0).token_ids) for request in requests]
         status = client.status()
     expected = [[token_of(seed, place) for place in range(NUM_TOKENS)] for seed in SEEDS]
     assert answers == expected
