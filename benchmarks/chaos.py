@@ -24,6 +24,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ AT_THE_START = {
     "to": ("StageConfig", "Renew", "Start", "Probe", "Tally"),
     "from": ("StageHello", "StageReady", "StageStarted", "ProbeReport", "StageProgress", "Tally"),
 }
+KINDS = ("kill", "kill", "kill two", "freeze", "slow", "message", "message", "message")
+"""Of rounds; some come more often."""
 HARMLESS = {"Heartbeat", "Tally"}
 """Kinds that carry no work: one less or one more of them may go without a new epoch."""
 
@@ -67,11 +70,9 @@ class Plan:
     delay_s: float
 
 
-def draw_plan(rng: random.Random, num_stages: int) -> Plan:
+def draw_plan(rng: random.Random, num_stages: int, kinds: Sequence[str] = KINDS) -> Plan:
     """A round by chance."""
-    kind = rng.choice(
-        ("kill", "kill", "kill two", "freeze", "slow", "message", "message", "message")
-    )
+    kind = rng.choice(kinds)
     victims = tuple(rng.sample(range(num_stages), 2 if kind == "kill two" else 1))
     fault = None
     if kind == "message":
@@ -94,7 +95,7 @@ def requests_of(num_requests: int) -> list[tuple[str, dict[str, Any]]]:
     """Greedy and drawn, with and without penalties, of several lengths; the same every time."""
     made = []
     for index in range(num_requests):
-        sampling: dict[str, Any] = {"max_tokens": 12 + 7 * (index % 6), "ignore_eos": True}
+        sampling: dict[str, Any] = {"max_tokens": 8 + 5 * (index % 6), "ignore_eos": True}
         if index % 2:
             sampling |= {"temperature": 0.9, "top_k": 50, "seed": index}
         else:
@@ -141,12 +142,13 @@ def run_round(
     served_s = time.monotonic() - began_s
     fired_at_s = running.fired_at_s(0.0)
     running.arm(None)
-    if plan.fault is not None and not plan.victims:
+    if plan.fault is not None:  # with a victim, that is only what brings the message about
         at_s = fired_at_s
     running.check_alive()
     running.wait_ready()
     epochs = running.journal()[num_known:]
     begun = [entry["begins_at_s"] for entry in epochs if "begins_at_s" in entry]
+    due_to_it = [] if at_s is None else [begin_s for begin_s in begun if begin_s >= at_s]
     ready = [entry["ready_at_s"] for entry in epochs if "ready_at_s" in entry]
     after = running.pids()
     lost = [answer for answer in answers if isinstance(answer, str)]
@@ -154,8 +156,8 @@ def run_round(
         "kind": plan.kind,
         "fault": None if plan.fault is None else dataclasses.asdict(plan.fault),
         "victims": plan.victims,
-        "happened": at_s is not None and (plan.fault is None or fired_at_s is not None),
-        "noticed_s": begun[0] - at_s if begun and at_s is not None else None,
+        "happened": at_s is not None,
+        "noticed_s": due_to_it[0] - at_s if due_to_it and at_s is not None else None,
         "serving_again_s": ready[-1] - at_s if ready and at_s is not None else None,
         "epochs": len(begun),
         "whys": [entry["why"] for entry in epochs if "why" in entry],
@@ -250,7 +252,7 @@ def run_rounds(options: argparse.Namespace) -> dict[str, Any]:
                 for _ in range(num_rounds):
                     if time.monotonic() > until_s:
                         break
-                    plan = draw_plan(rng, num_stages)
+                    plan = draw_plan(rng, num_stages, options.kinds.split(","))
                     seen = run_round(running, plan, requests, expected)
                     rounds.append({"round": len(rounds), "stages": num_stages} | seen)
                     print(json.dumps(rounds[-1]), flush=True)
@@ -271,10 +273,11 @@ def summarise(run: dict[str, Any]) -> dict[str, Any]:
             "noticed_s": spread([entry["noticed_s"] for entry in of_kind]),
             "serving_again_s": spread([entry["serving_again_s"] for entry in of_kind]),
         }
-    messages = collections.Counter(
+    messages = [entry for entry in rounds if entry["fault"] is not None and entry["happened"]]
+    unnoticed = collections.Counter(
         f"{entry['fault']['name']} {entry['fault']['action']}"
-        for entry in rounds
-        if entry["fault"] is not None and entry["happened"]
+        for entry in messages
+        if entry["noticed_s"] is None
     )
     usual = {stages: ring for entry in rounds for stages in [entry["stages"]]
              for ring in [min(entry["rings"])]}  # fmt: skip
@@ -287,7 +290,8 @@ def summarise(run: dict[str, Any]) -> dict[str, Any]:
         "segments left": sum(end["segments"] for end in run["ends"])
         + sum(max(0, max(e["rings"]) - usual[e["stages"]]) for e in rounds),
         "by kind": by_kind,
-        "messages": dict(sorted(messages.items())),
+        "messages": dict(sorted(collections.Counter(e["fault"]["name"] for e in messages).items())),
+        "messages without consequence": dict(sorted(unnoticed.items())),
     }
 
 
@@ -314,6 +318,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--stages", type=int, default=0, help="0: 2, 3 and 4 by turns")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
