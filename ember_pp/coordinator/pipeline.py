@@ -189,8 +189,8 @@ class Pipeline:
         if supervisor.problem:
             awaited = [s.stage_index for s in supervisor.stages if s.phase is supervisor.phase]
             return (
-                f"epoch {supervisor.epoch}: stages {awaited} are {supervisor.phase.value}, "
-                f"because: {supervisor.problem}"
+                f"epoch {supervisor.epoch}, since {now_s - supervisor.problem_since_s:.1f} s: "
+                f"stages {awaited} are {supervisor.phase.value}; because: {supervisor.problem}"
             )
         overdue_at_s = self._watch.overdue_at_s
         if overdue_at_s is None or now_s < overdue_at_s:

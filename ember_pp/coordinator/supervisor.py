@@ -80,6 +80,7 @@ class Supervisor:
         """Counts the lives of the pipeline; the scheduler has to ``forget`` when it changes."""
         self.problem = ""
         """What ended the epoch before, until this one is ready."""
+        self.problem_since_s = 0.0
         self.renewal_limit_s = self._settings.overdue_min_s
         """How long a stage may be at what it was at when an epoch ends."""
         self.edges: dict[str, str] = {}
@@ -356,7 +357,7 @@ class Supervisor:
         now_s = time.monotonic()
         self.budget.spend(error, now_s, has_served=self._has_served)
         self.epoch += 1
-        self.problem = str(error)
+        self.problem, self.problem_since_s = str(error), now_s
         self.edges, self._edges_to_report = {}, set()
         self._deadline_s = now_s + self._config.coordinator.start_timeout_s
         for stage in self._with_neighbours(to_replace):
