@@ -178,7 +178,8 @@ class Pipeline:
         return {
             "counts": counts,
             "stages": stages,
-            "edges": dict(self.supervisor.edges),
+            "edges": self.supervisor.edges,
+            "edge_reasons": self.supervisor.edge_reasons,
             "epoch": self.supervisor.epoch,
             "problem": self._problem(),
         }

@@ -4,8 +4,9 @@ The life of one epoch, as messages (``docs/protocol.md``; why, in ``docs/reliabi
 
     a new process:   start -> StageHello -> StageConfig -> StageProgress* -> StageReady
     any other:       Renew -> StageReady
-    all ready:       Start (agreed number of blocks, the next stage's handle) -> StageStarted
-    all started:     Probe to both ends of every edge, feedback last -> ProbeReport
+    all ready:       Start (agreed number of blocks, the neighbours' handles) -> StageStarted
+    all started:     Probe to both ends of every edge, feedback last -> ProbeReport; again with the
+                     next path for an edge whose probe failed (``edge_choice.py``)
     all probed:      the pipeline takes plans, until ``end_epoch``
 
 The supervisor is driven by the coordinator's loop: ``accept`` and ``handle`` for each message,
@@ -18,11 +19,12 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ember_pp import config as configuration
 from ember_pp import protocol
 from ember_pp.config import Config
+from ember_pp.coordinator.edge_choice import EdgeChoice, EdgeProbe
 from ember_pp.coordinator.launcher import Launcher, end_all
 from ember_pp.coordinator.preparation import Preparation
 from ember_pp.coordinator.restarts import RestartBudget
@@ -71,7 +73,7 @@ class Supervisor:
         self._router = router
         self._launcher = launcher
         self._deadline_s = time.monotonic() + config.coordinator.start_timeout_s
-        self._edges_to_report: set[tuple[str, int]] = set()
+        self._edge_choice = EdgeChoice(0)
         self._has_served = False
         self._num_beats = 0
         self._next_beat_s = 0.0
@@ -83,8 +85,6 @@ class Supervisor:
         self.problem_since_s = 0.0
         self.renewal_limit_s = self._settings.overdue_min_s
         """How long a stage may be at what it was at when an epoch ends."""
-        self.edges: dict[str, str] = {}
-        """Path of each edge that passed its probe, e.g. ``{"0->1": "host_shm"}``."""
         self.unread: list[tuple[bytes, protocol.Message | ProtocolError]] = []
         """What stages had sent when one was found dead, and nobody has looked at yet."""
         self.num_blocks = 0
@@ -95,6 +95,16 @@ class Supervisor:
     def is_ready(self) -> bool:
         """True while every stage takes plans."""
         return bool(self.stages) and all(stage.phase is Phase.READY for stage in self.stages)
+
+    @property
+    def edges(self) -> dict[str, str]:
+        """Path of each edge that passed its probe, e.g. ``{"0->1": "cuda_ipc"}``."""
+        return dict(self._edge_choice.chosen)
+
+    @property
+    def edge_reasons(self) -> dict[str, str]:
+        """Why each of ``edges`` has its path: what was found of better ones."""
+        return self._edge_choice.reasons
 
     @property
     def phase(self) -> Phase:
@@ -195,9 +205,9 @@ class Supervisor:
                 self._start_when_all_loaded()
             case protocol.StageStarted():
                 stage.phase, stage.building = Phase.STARTED, ""
-                self._probe_when_all_started()
+                self._probe(lambda: self._edge_choice.add(stage.stage_index, message.paths))
             case protocol.ProbeReport():
-                self._on_probe_report(message)
+                self._probe(lambda: self._edge_choice.report(message))
             case protocol.StageStats():
                 stage.stats = message
             case protocol.StageFailed():
@@ -289,9 +299,10 @@ class Supervisor:
             limiting = min(reports, key=lambda report: report.num_blocks)
             self._check_capacity(limiting)
             self.num_blocks = limiting.num_blocks
-        handles = [report.handle for report in (*reports[1:], reports[0])]  # feedback: to stage 0
-        for stage, next_handle in zip(self.stages, handles, strict=True):
-            start = protocol.Start(self.epoch, self.num_blocks, next_handle)
+        self._edge_choice = EdgeChoice(len(self.stages))
+        for index, stage in enumerate(self.stages):  # in a circle: feedback goes to stage 0
+            neighbours = reports[(index + 1) % len(reports)].handle, reports[index - 1].handle
+            start = protocol.Start(self.epoch, self.num_blocks, *neighbours)
             if not self._send(stage, protocol.encode(start)):
                 return
 
@@ -311,37 +322,29 @@ class Supervisor:
                 *(tokens, limiting.stage_index, self._preparation.max_model_len),
             )
 
-    def _probe_when_all_started(self) -> None:
-        if any(stage.phase is not Phase.STARTED for stage in self.stages):
+    def _probe(self, next_probes: Callable[[], list[EdgeProbe]]) -> None:
+        """Send what is to be probed next; once every edge has a path, plans can be sent."""
+        try:
+            probes = next_probes()
+        except HandoffError as error:
+            self.end_epoch(error)
             return
-        receivers = (*self.stages[1:], self.stages[0])
-        pairs = list(zip(self.stages, receivers, strict=True)) if len(self.stages) > 1 else []
-        for sender, receiver in pairs:  # every stage takes its edges in this order: no deadlock
-            edge = f"{sender.stage_index}->{receiver.stage_index}"
-            probe = protocol.encode(protocol.Probe(self.epoch, edge, secrets.randbits(32)))
-            for end in (receiver, sender):
-                self._edges_to_report.add((edge, end.stage_index))
-                if not self._send(end, probe):
+        for probe in probes:
+            seed = secrets.randbits(32)
+            packed = protocol.encode(protocol.Probe(self.epoch, probe.edge, probe.path, seed))
+            for index in (probe.receiver_index, probe.sender_index):
+                if not self._send(self.stages[index], packed):
                     return
-        self._finish_when_all_probed()
+        if self._edge_choice.is_done and self.phase is Phase.STARTED:
+            self._take_plans()
 
-    def _on_probe_report(self, report: protocol.ProbeReport) -> None:
-        if not report.is_ok:
-            text = f"edge {report.edge} failed its probe over {report.path}: {report.text}"
-            self.end_epoch(HandoffError(text))
-            return
-        self._edges_to_report.discard((report.edge, report.stage_index))
-        self.edges[report.edge] = report.path
-        self._finish_when_all_probed()
-
-    def _finish_when_all_probed(self) -> None:
-        if self._edges_to_report:
-            return
+    def _take_plans(self) -> None:
         for stage in self.stages:
             stage.phase = Phase.READY
         self._has_served = True
+        level = logging.WARNING if self._edge_choice.has_fallen_back else logging.INFO
         for edge, path in self.edges.items():
-            logger.info("edge %s: %s (probe passed)", edge, path)
+            logger.log(level, "edge %s: %s (%s)", edge, path, self.edge_reasons[edge])
         if self.problem:
             logger.warning("epoch %d: all stages are ready again", self.epoch)
             self.problem = ""
@@ -358,7 +361,7 @@ class Supervisor:
         self.budget.spend(error, now_s, has_served=self._has_served)
         self.epoch += 1
         self.problem, self.problem_since_s = str(error), now_s
-        self.edges, self._edges_to_report = {}, set()
+        self._edge_choice = EdgeChoice(len(self.stages))
         self._deadline_s = now_s + self._config.coordinator.start_timeout_s
         for stage in self._with_neighbours(to_replace):
             if stage.phase is not Phase.ENDING:

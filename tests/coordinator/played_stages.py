@@ -21,6 +21,12 @@ EDGE_ENDS = [(0, "0->1"), (1, "0->1"), (1, "1->2"), (2, "1->2"), (2, "2->0"), (0
 PATIENCE_S = 10.0
 
 
+def edges_of(index):
+    """The edge that ends at a stage, and the one that begins there."""
+    before, after = (index - 1) % NUM_STAGES, (index + 1) % NUM_STAGES
+    return f"{before}->{index}", f"{index}->{after}"
+
+
 class FakeProcess:
     """A process that ends when the test says so."""
 
@@ -135,7 +141,8 @@ class Play:
         """From all being ready to all being started; what each was told."""
         starts = [self.hear(index) for index in range(NUM_STAGES)]
         for index in range(NUM_STAGES):
-            self.say(index, protocol.StageStarted(self.supervisor.epoch, index))
+            paths = {edge: {"cuda_ipc": "", "host_shm": ""} for edge in edges_of(index)}
+            self.say(index, protocol.StageStarted(self.supervisor.epoch, index, paths))
         return starts
 
     def probe_all(self):
@@ -143,7 +150,7 @@ class Play:
         probes = [[self.hear(index) for _ in range(2)] for index in range(NUM_STAGES)]
         for index, edge in EDGE_ENDS:
             assert not self.supervisor.is_ready
-            report = protocol.ProbeReport(self.supervisor.epoch, index, edge, "host_shm", True, "")
+            report = protocol.ProbeReport(self.supervisor.epoch, index, edge, "cuda_ipc", True, "")
             self.say(index, report)
         return probes
 

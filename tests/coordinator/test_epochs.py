@@ -14,7 +14,7 @@ from ember_pp.errors import (
     StageDiedError,
 )
 from ember_pp.sockets import PrivateDirectory
-from tests.coordinator.played_stages import EDGE_ENDS, NUM_STAGES, Play
+from tests.coordinator.played_stages import NUM_STAGES, Play
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def test_a_dead_stage_is_replaced_and_the_others_keep_their_weights(play):
     assert [start.num_blocks for start in starts] == [7, 7, 7]
     handles = [{"ring": index, "epoch": 1} for index in (1, 2, 0)]
     assert [start.next_handle for start in starts] == handles
+    assert [start.previous_handle for start in starts] == [handles[1], handles[2], handles[0]]
     play.probe_all()
     assert supervisor.is_ready
     assert supervisor.problem == ""
@@ -97,7 +98,7 @@ def test_what_is_of_an_older_epoch_is_ignored(play):
     play.pump(1)
     play.say(0, failure(0, 0, is_ending=False))
     play.ready(0, epoch=0)
-    play.say(2, protocol.ProbeReport(0, 2, "1->2", "host_shm", False, "closed"))
+    play.say(2, protocol.ProbeReport(0, 2, "1->2", "cuda_ipc", False, "closed"))
     assert play.supervisor.epoch == 1
     assert phases(play) == [Phase.RENEWING, Phase.STARTING, Phase.RENEWING]
 
@@ -284,15 +285,32 @@ def test_what_would_fail_again_is_not_tried_again(make_play, error):
     assert len(play.launcher.processes) == NUM_STAGES
 
 
-def test_a_probe_that_fails_after_a_renewal_is_tried_again(play):
+def test_an_edge_that_passes_no_probe_after_a_renewal_is_tried_again(play):
     play.say(0, failure(0, 0, is_ending=False))
     for index in range(NUM_STAGES):
         assert play.hear(index) == protocol.Renew(1)
         play.ready(index)
     play.start_all()
-    index, edge = EDGE_ENDS[0]
-    play.say(index, protocol.ProbeReport(1, index, edge, "host_shm", False, "too late"))
+    for path in ("cuda_ipc", "host_shm"):
+        for index in (0, 1):
+            play.say(index, protocol.ProbeReport(1, index, "0->1", path, False, "too late"))
     assert play.supervisor.epoch == 2
+
+
+def test_who_says_hello_in_an_epoch_is_not_told_of_it_again(play):
+    """A stage that was configured for the epoch while another had not been reaped."""
+    unkillable = play.process_of(2)
+    unkillable.is_unkillable = True
+    play.process_of(0).end(-9)
+    play.supervisor.check()
+    play.say(2, failure(1, 2, is_ending=True))
+    play.hello(0)
+    assert play.hear(0).epoch == 2
+    unkillable.end(-9)
+    play.supervisor.check()
+    assert play.hear(1) == protocol.Renew(1)
+    assert play.hear(1) == protocol.Renew(2)
+    assert play.stages[0].receive(0.05) is None
 
 
 def test_one_message_too_many_is_one_failure(play):

@@ -87,7 +87,7 @@ class ScriptedStage(threading.Thread):
                 self.rosters, self.seeds, self.places = {}, {}, {}
                 self.send(protocol.StageReady(self.epoch, 0, 10_000, {}, 0, 1))
             case protocol.Start():
-                self.send(protocol.StageStarted(self.epoch, 0))
+                self.send(protocol.StageStarted(self.epoch, 0, {}))
             case protocol.Execute():
                 if message.epoch == self.epoch:
                     sampled = self.draw(message)
