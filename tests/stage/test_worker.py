@@ -326,7 +326,9 @@ def test_times_go_on_over_a_renewal(stage, recorded):
         stage.execute(plan)
     busy_ns = stage.worker.stats().busy_ns
     stage.run(protocol.Renew(EPOCH + 1), protocol.Start(EPOCH + 1, NUM_BLOCKS, {}, {}))
-    assert stage.worker.stats().busy_ns >= busy_ns > 0
+    stats = stage.worker.stats()
+    assert stats.busy_ns >= busy_ns > 0
+    assert (stats.epoch, stats.plan) == (EPOCH + 1, -1), "plans of the epoch before are over"
 
 
 def test_a_missing_checkpoint_keeps_its_class(demo_path, tmp_path):
