@@ -132,7 +132,6 @@ class StageControl:
         try:
             message = self._socket.receive(_REPORT_PERIOD_S)
         except ProtocolError as error:
-            self._num_received += 1
             self._is_count_doubtful = True
             self._end_epoch(error)
             return None

@@ -224,6 +224,31 @@ def test_a_stage_that_waits_for_feedback_says_so_and_ends_when_closed(demo_path,
     assert not [m for m in stages[0].posted if isinstance(m, protocol.StageFailed)]
 
 
+def test_a_stage_that_waits_goes_on_in_the_next_epoch(demo_path, recorded):
+    """The wait ends without a word; the plans that follow it in the inbox are not begun."""
+    plans, _ = recorded
+    stages = [Stage(demo_path, index, 2) for index in range(2)]
+    connect(stages)
+    waiting = stages[1]  # stage 0 does nothing
+    inbox = SimpleQueue()
+    for message in plans[:3]:
+        inbox.put(message)
+    thread = threading.Thread(target=waiting.worker.run, args=(inbox,), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + END_S
+    while not waiting.worker.stats().waiting_for:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    num_before = len(waiting.posted)
+    waiting.worker.end_waits(EPOCH + 1)
+    for message in (protocol.Renew(EPOCH + 1), None):
+        inbox.put(message)
+    thread.join(END_S)
+    assert not thread.is_alive()
+    [ready] = waiting.posted[num_before:]
+    assert (type(ready), ready.epoch) == (protocol.StageReady, EPOCH + 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
