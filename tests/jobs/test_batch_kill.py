@@ -1,5 +1,7 @@
 """A batch killed with SIGKILL at any moment, and run again, ends as if nothing had happened."""
 
+import contextlib
+import os
 import random
 import signal
 import time
@@ -71,3 +73,34 @@ def test_a_signal_drains_and_the_next_run_ends_the_job(undisturbed, tmp_path):
     assert code == 0, stderr
     assert answers(output) == expected
     assert list(answers(output)) == [f"r{n}" for n in range(NUM_REQUESTS)]
+
+
+def test_a_stage_that_dies_costs_a_batch_nothing_and_too_many_leave_it_to_be_resumed(
+    undisturbed, tmp_path
+):
+    source, expected = undisturbed
+    output = tmp_path / "out.jsonl"
+
+    def run_and_kill_a_stage(*settings):
+        before = num_answers(output)
+        process = start(source, output, *settings)
+        wait_for(lambda: num_answers(output) > before, process, "answers")
+        [stage] = [pid for pid in descendants(process.pid) if name_of(pid) == "stage-1"]
+        os.kill(stage, signal.SIGKILL)
+        return finish(process)
+
+    code, stderr = run_and_kill_a_stage("supervisor.max_restarts=0")
+    assert code == 1, stderr
+    assert "stage 1" in stderr
+    assert "was killed by signal 9" in stderr
+    assert "Traceback" not in stderr
+    assert 0 < num_answers(output) < NUM_REQUESTS
+    code, stderr = run_and_kill_a_stage()
+    assert code == 0, stderr
+    assert answers(output) == expected
+
+
+def name_of(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
