@@ -11,11 +11,15 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from ember_pp.config_checks import at_least, check_devices, check_shard, check_split
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.sampling_params import SamplingParams, suggest
+
+ON_GPUS = "on_gpus"
+"""Metadata of a field that has another default where stages run on GPUs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ class ModelSettings:
     """The ``config.json`` to use where the path has none (with ``model.load=random``)."""
 
     def check(self) -> None:
-        _at_least("model.context_length", self.context_length, 1)
+        at_least("model.context_length", self.context_length, 1)
         if self.path is None and self.architecture is None:
             raise ConfigError(
                 "model.path: missing; give a checkpoint folder, a hub id, or model=<preset>"
@@ -68,15 +72,15 @@ class PipelineSettings:
     """Threads of each stage that runs on the CPU; null: the cores shared out, at least 1."""
 
     def check(self) -> None:
-        _at_least("pipeline.stages", self.stages, 1)
-        _at_least("pipeline.replicas", self.replicas, 1)
-        _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
-        _at_least("pipeline.run_ahead", self.run_ahead, 0)
+        at_least("pipeline.stages", self.stages, 1)
+        at_least("pipeline.replicas", self.replicas, 1)
+        at_least("pipeline.max_in_flight", self.max_in_flight, 1)
+        at_least("pipeline.run_ahead", self.run_ahead, 0)
         if self.run_ahead > 8:
             raise ConfigError(f"pipeline.run_ahead: expected at most 8, got {self.run_ahead}")
-        _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
-        _check_devices(self.devices, self.stages, self.replicas)
-        _check_split(self.split, self.stages)
+        at_least("pipeline.cpu_threads", self.cpu_threads, 1)
+        check_devices(self.devices, self.stages, self.replicas)
+        check_split(self.split, self.stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +105,7 @@ class CacheSettings:
             raise ConfigError(
                 f"cache.memory_share: expected above 0, at most 1, got {self.memory_share}"
             )
-        _at_least("cache.block_size", self.block_size, 1)
+        at_least("cache.block_size", self.block_size, 1)
         if self.block_size > 256:
             raise ConfigError(f"cache.block_size: expected at most 256, got {self.block_size}")
 
@@ -114,14 +118,14 @@ class SchedulerSettings:
     """``balanced``: plans in flight cost alike. ``greedy``: each takes all that its token budget
     holds. ``fixed``: the same token budget for every plan, whatever waits. For comparison, see
     ``docs/scheduling.md``."""
-    max_sequences: int = 64
+    max_sequences: int = dataclasses.field(default=64, metadata={ON_GPUS: 256})
     """Sequences that may run at once, over all plans in flight."""
-    max_tokens_per_plan: int = 512
+    max_tokens_per_plan: int = dataclasses.field(default=512, metadata={ON_GPUS: 2048})
     """Tokens of one plan, prompts and decodes together; also the size of a hand-off slot."""
 
     def check(self) -> None:
-        _at_least("scheduler.max_sequences", self.max_sequences, 1)
-        _at_least("scheduler.max_tokens_per_plan", self.max_tokens_per_plan, 1)
+        at_least("scheduler.max_sequences", self.max_sequences, 1)
+        at_least("scheduler.max_tokens_per_plan", self.max_tokens_per_plan, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,11 +185,11 @@ class CoordinatorSettings:
     """Time for stages to end before they are killed."""
 
     def check(self) -> None:
-        _at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
-        _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
-        _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
-        _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
-        _at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
+        at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
+        at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
+        at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
+        at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
+        at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")
@@ -213,7 +217,7 @@ class MetricsSettings:
     printed at start; null: none."""
 
     def check(self) -> None:
-        _at_least("metrics.port", self.port, 0)
+        at_least("metrics.port", self.port, 0)
         if self.port is not None and self.port > 65535:
             raise ConfigError(f"metrics.port: expected at most 65535, got {self.port}")
 
@@ -237,7 +241,7 @@ class TraceSettings:
         return self.output is not None or self.picture is not None
 
     def check(self) -> None:
-        _at_least("trace.max_plans", self.max_plans, 1)
+        at_least("trace.max_plans", self.max_plans, 1)
         if self.window_s is not None and self.window_s <= 0:
             raise ConfigError(f"trace.window_s: expected above 0, got {self.window_s}")
         if self.picture is not None and not self.picture.endswith((".svg", ".png")):
@@ -273,7 +277,7 @@ class PlanSettings:
 
     def check(self) -> None:
         for key in ("prompt_tokens", "output_tokens", "sequences", "max_requests"):
-            _at_least(f"plan.{key}", getattr(self, key), 1)
+            at_least(f"plan.{key}", getattr(self, key), 1)
         items = self.devices if isinstance(self.devices, list | tuple) else [self.devices]
         for item in items:
             if not isinstance(item, str) and not (isinstance(item, Mapping) and "name" in item):
@@ -309,9 +313,9 @@ class BatchJob:
     """Requests handed to the coordinator at once."""
 
     def check(self) -> None:
-        _at_least("job.max_open_requests", self.max_open_requests, 1)
+        at_least("job.max_open_requests", self.max_open_requests, 1)
         if self.shard is not None:
-            _check_shard(self.shard)
+            check_shard(self.shard)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,8 +406,8 @@ class BenchJob:
 
     def check(self) -> None:
         for key in ("batch", "input_tokens", "output_tokens", "repeats"):
-            _at_least(f"job.{key}", getattr(self, key), 1)
-        _at_least("job.warmup", self.warmup, 0)
+            at_least(f"job.{key}", getattr(self, key), 1)
+        at_least("job.warmup", self.warmup, 0)
         low, high = (*self.lengths, 0, 0)[:2]
         if len(self.lengths) != 2 or not 1 <= low <= high:
             raise ConfigError(
@@ -471,13 +475,18 @@ class Config:
     """Least severe log line that goes to stderr."""
 
 
-def build(plain: Mapping[str, Any]) -> Config:
+def build(plain: Mapping[str, Any], *, on_gpus: bool = False) -> Config:
     """The validated configuration in ``plain``, nested maps as Hydra composes them.
+
+    Args:
+        plain: what is not in it has its default.
+        on_gpus: which default those settings get that have one for GPUs and are null in ``plain``.
 
     Raises:
         ConfigError: an unknown key (with a suggestion), a wrong type, a value out of range;
             the text starts with the dotted key.
     """
+    plain = _fill_by_device(plain, on_gpus=on_gpus)
     config = typing.cast(Config, _build_dataclass(Config, plain, ""))
     for part in (
         config.job,
@@ -502,10 +511,31 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def default_plain() -> dict[str, Any]:
-    """Every key but ``job`` with its default, as nested maps."""
+    """Every key but ``job`` with its default, as nested maps; null where devices decide."""
     plain = to_plain(Config())
     del plain["job"]
+    for group, name, _ in _defaults_by_device():
+        plain[group][name] = None
     return plain
+
+
+def _defaults_by_device() -> Iterator[tuple[str, str, tuple[Any, Any]]]:
+    """Group, name, and the defaults on CPUs and on GPUs."""
+    for group in dataclasses.fields(Config):
+        settings = group.default_factory
+        if dataclasses.is_dataclass(settings):
+            for field in dataclasses.fields(settings):
+                if ON_GPUS in field.metadata:
+                    yield group.name, field.name, (field.default, field.metadata[ON_GPUS])
+
+
+def _fill_by_device(plain: Mapping[str, Any], *, on_gpus: bool) -> Mapping[str, Any]:
+    filled = dict(plain)
+    for group, name, defaults in _defaults_by_device():
+        given = filled.get(group, {})
+        if isinstance(given, Mapping) and given.get(name) is None:
+            filled[group] = {**given, name: defaults[on_gpus]}
+    return filled
 
 
 def dotted_keys() -> list[str]:
@@ -579,57 +609,3 @@ def _build_job(plain: Any) -> Job:
             f"job: expected one of {', '.join(JOBS)}; got {name!r}{suggest(name, JOBS)}"
         )
     return typing.cast(Job, _build_dataclass(JOBS[name], plain, "job."))
-
-
-def _at_least(key: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise ConfigError(f"{key}: expected at least {low}, got {value}")
-
-
-def _check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
-    key = "pipeline.devices"
-    if isinstance(devices, str):
-        if devices not in ("auto", "cpu") and not _is_device(devices):
-            raise ConfigError(
-                f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}"
-            )
-        return
-    if not isinstance(devices, list | tuple):
-        raise ConfigError(f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}")
-    if len(devices) != num_stages * num_replicas:
-        copies = f" and pipeline.replicas={num_replicas}" if num_replicas > 1 else ""
-        raise ConfigError(
-            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}{copies}; give one "
-            "per stage"
-        )
-    for device in devices:
-        if device not in ("auto", "cpu") and not _is_device(device):
-            raise ConfigError(f"{key}: expected auto, cpu or cuda:N, got {device!r}")
-
-
-def _is_device(device: Any) -> bool:
-    return isinstance(device, str) and device.startswith("cuda:") and device[5:].isdecimal()
-
-
-def _check_split(split: Any, num_stages: int) -> None:
-    if split in ("auto", "equal"):
-        return
-    is_counts = isinstance(split, list | tuple) and all(
-        isinstance(count, int)
-        and not isinstance(count, bool)
-        and count >= (0 if 0 < stage == len(split) - 1 else 1)
-        for stage, count in enumerate(split)
-    )
-    if not is_counts:
-        raise ConfigError(
-            f"pipeline.split: expected auto, equal or a list of layer counts, got {split!r}"
-        )
-    if len(split) != num_stages:
-        raise ConfigError(f"pipeline.split: {len(split)} counts for pipeline.stages={num_stages}")
-
-
-def _check_shard(shard: str) -> None:
-    index, _, total = shard.partition("/")
-    is_valid = index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)
-    if not is_valid:
-        raise ConfigError(f"job.shard: expected I/N with 1 <= I <= N, such as 3/16; got {shard!r}")

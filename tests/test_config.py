@@ -198,6 +198,17 @@ def test_plain_values_come_back():
     assert config.build(config.to_plain(composed)) == composed
 
 
+@pytest.mark.parametrize(("on_gpus", "expected"), [(False, (64, 512)), (True, (256, 2048))])
+def test_devices_decide_where_nothing_is_said(on_gpus, expected):
+    def sizes(**given):
+        scheduler = config.build(plain(scheduler=given), on_gpus=on_gpus).scheduler
+        return scheduler.max_sequences, scheduler.max_tokens_per_plan
+
+    assert sizes() == sizes(max_sequences=None) == expected
+    assert sizes(max_sequences=7) == (7, expected[1])
+    assert config.default_plain()["scheduler"]["max_sequences"] is None
+
+
 def test_nothing_can_be_changed_afterwards():
     composed = config.build(plain())
     with pytest.raises(AttributeError):
