@@ -49,7 +49,7 @@ SETTINGS = (
 RESULT = Path(__file__).parent / "results" / "soak.json"
 MAX_GROWTH = 0.02
 NUM_WINDOWS = 5
-WARM_UP_SHARE = 1 / 6
+WARM_UP_SHARE = 1 / 5
 SAMPLE_S = 5.0
 MAX_OPEN = 12
 START_S = 120.0
@@ -277,6 +277,11 @@ def wait_until_ready(client: Client) -> None:
         time.sleep(0.2)
 
 
+def shared_memory() -> set[str]:
+    """Names of segments of this machine."""
+    return {path.name for path in Path("/dev/shm").iterdir() if path.is_file()}
+
+
 def idle_status(client: Client) -> dict[str, Any]:
     """The status once nothing runs, or after a while."""
     deadline_s = time.monotonic() + END_S
@@ -290,7 +295,7 @@ def idle_status(client: Client) -> dict[str, Any]:
 
 def run(minutes: float, rate: float) -> dict[str, Any]:
     """Serve, load, watch, end; the result with its faults."""
-    segments = set(os.listdir("/dev/shm"))
+    segments = shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{folder}/soak.sock"
         command = [sys.executable, "-m", "ember_pp", *SETTINGS, f"coordinator.address={address}"]
@@ -339,7 +344,7 @@ def _measure(
     server.send_signal(signal.SIGTERM)
     end["exit_code"] = server.wait(END_S)
     end["orphans"] = sum(Path(f"/proc/{pid}").exists() for pid in pids.values())
-    end["new_segments"] = len(set(os.listdir("/dev/shm")) - segments)
+    end["new_segments"] = len(shared_memory() - segments)
     processes = watch.result()
     kept = ("num_plans", "num_output_tokens", "finished_requests", "num_preemptions")
     kept += ("num_refused_messages", "num_dropped_clients", "num_blocks")

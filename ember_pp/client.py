@@ -188,6 +188,7 @@ class Client:
         finally:
             if not request._state.has_ended:
                 request.cancel()
+            self._session.forget(request)
 
     def wait_any(self, timeout_s: float | None = None) -> list[Request]:
         """Requests that ended, well or not, since the last call; waits for the first of them.

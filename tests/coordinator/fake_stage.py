@@ -99,6 +99,8 @@ class Stop:
     def __init__(self):
         self.name = None
         self.is_urgent = False
+        self.num_cut_off = None
+        """What the coordinator returned; None while it runs, and after an error."""
         self.descriptor, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def set(self):
@@ -109,6 +111,9 @@ class Stop:
     def take(self):
         with contextlib.suppress(BlockingIOError):
             os.read(self.descriptor, 4096)
+
+    def ended(self, num_cut_off):
+        self.num_cut_off = num_cut_off
 
     def close(self):
         os.close(self.descriptor)
@@ -143,7 +148,7 @@ def running_coordinator(*stages, tokenizer=None, stop=None, **groups):
             for replica, stage in enumerate(stages)
         ]
         coordinator = Coordinator(config, preparation, clients, pipelines)
-        thread = threading.Thread(target=coordinator.run, args=(stop,))
+        thread = threading.Thread(target=lambda: stop.ended(coordinator.run(stop)))
         thread.start()
         try:
             yield address
