@@ -496,6 +496,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    plain = {"conditions": conditions(), "seed": options.seed}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         chosen = targets(Path(folder))
@@ -509,8 +510,8 @@ def main() -> int:
                 print(failure["input"], failure["traceback"], sep="\n", flush=True)
     total = sum(result["num_inputs"] for result in results.values())
     failed = sum(len(result["failures"]) for result in results.values())
-    plain = {"conditions": conditions(), "seed": options.seed, "num_inputs": total}
-    write_json("--output", options.output, plain | {"num_failures": failed, "targets": results})
+    plain |= {"num_inputs": total, "num_failures": failed, "targets": results}
+    write_json("--output", options.output, plain)
     print(f"{total:,} inputs, {failed} failures")
     return 1 if failed else 0
 
