@@ -16,7 +16,7 @@ from ember_pp import config as configuration
 from ember_pp.client import Client
 from ember_pp.config import Config
 from ember_pp.coordinator.launcher import child_environment
-from ember_pp.errors import ConfigError, EmberError, from_wire
+from ember_pp.errors import ConfigError, EmberError, PipelineError, from_wire
 from ember_pp.key_files import client_keys
 from ember_pp.sockets import PrivateDirectory, default_address
 
@@ -51,7 +51,7 @@ class CoordinatorProcess:
         status = self._process.poll()
         if status is None:
             return
-        raise self._reported_error() or EmberError(f"the coordinator ended with status {status}")
+        raise self._reported_error() or PipelineError(f"the coordinator ended with status {status}")
 
     def stop(self) -> None:
         """Ask it to end, with its stages; kill it if it does not."""
