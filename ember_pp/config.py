@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ember_pp.config_checks import at_least, check_devices, check_shard, check_split
+from ember_pp.config_values import build_dataclass
 from ember_pp.errors import ConfigError, InvalidRequestError
-from ember_pp.sampling_params import SamplingParams, suggest
+from ember_pp.sampling_params import SamplingParams, SamplingSizes
 
 ON_GPUS = "on_gpus"
 """Metadata of a field that has another default where stages run on GPUs."""
@@ -179,6 +179,21 @@ class CoordinatorSettings:
     prompt may have."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest message from a client."""
+    max_unread_messages: int = 100_000
+    """Messages to one client that wait to be read by it; beyond it its requests end."""
+    max_stop_strings: int = 16
+    """Strings in the ``stop`` of a request."""
+    max_stop_characters: int = 256
+    """Length of each of them."""
+    max_stop_token_ids: int = 1024
+    """Ids in the ``stop_token_ids`` of a request."""
+    max_logit_bias_entries: int = 1024
+    """Entries in the ``logit_bias`` of a request."""
+    curve: bool | None = None
+    """Encrypt and authenticate connections of clients (CURVE); null: where other machines can
+    reach ``address``, which needs it (``docs/trust.md``)."""
+    keys: str = "~/.config/ember-pp/keys"
+    """Folder of the keys for that; ``job=keys`` makes them."""
     start_timeout_s: float = 1800.0
     """Longest time from start to all stages being ready."""
     shutdown_grace_s: float = 5.0
@@ -186,13 +201,34 @@ class CoordinatorSettings:
 
     def check(self) -> None:
         at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
-        at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
-        at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
+        for key in ("max_prompt_tokens", "max_prompt_characters", "max_unread_messages"):
+            at_least(f"coordinator.{key}", getattr(self, key), 1)
+        for field in dataclasses.fields(SamplingSizes):
+            at_least(f"coordinator.{field.name}", getattr(self, field.name), 0)
         at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
         at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")
+
+    @property
+    def sampling_sizes(self) -> SamplingSizes:
+        """How much of each kind the sampling fields of a request may have."""
+        names = [field.name for field in dataclasses.fields(SamplingSizes)]
+        return SamplingSizes(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownSettings:
+    """What SIGTERM and SIGINT do; a second one ends everything at once."""
+
+    grace_s: float = 20.0
+    """Time for open requests to end and be kept, once nothing new is begun. After it, and
+    ``coordinator.shutdown_grace_s``, the run is over; Slurm kills 30 s after its SIGTERM."""
+
+    def check(self) -> None:
+        if not 0 <= self.grace_s < float("inf"):
+            raise ConfigError(f"shutdown.grace_s: expected at least 0, got {self.grace_s}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,6 +401,21 @@ class CancelJob:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KeysJob:
+    """``job=keys``: the keys with which clients on other machines connect
+    (``docs/trust.md``)."""
+
+    name: Literal["keys"] = "keys"
+    make: Literal["client", "server"] = "client"
+    """Whose pair of keys is made, if it is missing. A coordinator makes its own at its start."""
+    allow: list[str] = dataclasses.field(default_factory=list)
+    """Public keys of clients, ``*.key`` files, that may connect to this user's coordinators."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanJob:
     """``job=plan``: split, memory, times and bubble, before anything is loaded; see ``plan``."""
 
@@ -432,7 +483,7 @@ class BenchJob:
             )
 
 
-Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | PlanJob | BenchJob
+Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | KeysJob | PlanJob | BenchJob
 JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
     {
         "batch": BatchJob,
@@ -440,6 +491,7 @@ JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
         "chat": ChatJob,
         "status": StatusJob,
         "cancel": CancelJob,
+        "keys": KeysJob,
         "plan": PlanJob,
         "bench": BenchJob,
     }
@@ -457,6 +509,7 @@ class Config:
     scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    shutdown: ShutdownSettings = dataclasses.field(default_factory=ShutdownSettings)
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     trace: TraceSettings = dataclasses.field(default_factory=TraceSettings)
     debug: DebugSettings = dataclasses.field(default_factory=DebugSettings)
@@ -487,21 +540,11 @@ def build(plain: Mapping[str, Any], *, on_gpus: bool = False) -> Config:
             the text starts with the dotted key.
     """
     plain = _fill_by_device(plain, on_gpus=on_gpus)
-    config = typing.cast(Config, _build_dataclass(Config, plain, ""))
-    for part in (
-        config.job,
-        config.model,
-        config.pipeline,
-        config.cache,
-        config.scheduler,
-        config.sampling,
-        config.coordinator,
-        config.metrics,
-        config.trace,
-        config.debug,
-        config.plan,
-    ):
-        part.check()
+    config = build_dataclass(Config, plain, known_keys=dotted_keys())
+    for field in dataclasses.fields(config):
+        part: Any = getattr(config, field.name)
+        if hasattr(part, "check"):
+            part.check()
     return config
 
 
@@ -544,68 +587,3 @@ def dotted_keys() -> list[str]:
     for group, value in default_plain().items():
         keys += [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
     return sorted(set(keys))
-
-
-def _build_dataclass(cls: type[Any], plain: Any, prefix: str) -> Any:
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')}: expected a group of settings, got {plain!r}")
-    hints = typing.get_type_hints(cls)
-    for key in plain:
-        if key not in hints:
-            known = [prefix + name for name in hints] if prefix else [*hints, *dotted_keys()]
-            raise ConfigError(f"{prefix}{key}: no such setting{suggest(f'{prefix}{key}', known)}")
-    return cls(
-        **{key: _build_value(hints[key], value, prefix + key) for key, value in plain.items()}
-    )
-
-
-def _build_value(hint: Any, value: Any, key: str) -> Any:
-    if hint == Job:
-        return _build_job(value)
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(typing.cast(type[Any], hint), value, f"{key}.")
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in options:
-            return None
-        hint = next(option for option in options if option is not type(None))
-        return _build_value(hint, value, key)
-    if origin is Literal:
-        if value not in options:
-            listed = ", ".join(str(option) for option in options)
-            raise ConfigError(
-                f"{key}: expected one of {listed}; got {value!r}{suggest(str(value), options)}"
-            )
-        return value
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key}: expected a list, got {value!r}")
-        return [_build_value(options[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
-    return _build_scalar(dict if origin is dict else hint, value, key)
-
-
-def _build_scalar(hint: Any, value: Any, key: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        names = {
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            str: "text",
-        }
-        raise ConfigError(f"{key}: expected {names.get(hint, hint.__name__)}, got {value!r}")
-    return value
-
-
-def _build_job(plain: Any) -> Job:
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"job: expected one of {', '.join(JOBS)}; got {plain!r}")
-    name = str(plain.get("name"))
-    if name not in JOBS:
-        raise ConfigError(
-            f"job: expected one of {', '.join(JOBS)}; got {name!r}{suggest(name, JOBS)}"
-        )
-    return typing.cast(Job, _build_dataclass(JOBS[name], plain, "job."))

@@ -360,11 +360,16 @@ class BatchRun:
                 "a second signal ends at once"
             )
         deadline_s = self._clock() + grace_s
-        while self._open and self._clock() < deadline_s:
-            self._retry.clear()
-            self._collect()
-        if self._open:
-            self._client.cancel(list(self._open))
+        try:
+            while self._open and self._clock() < deadline_s:
+                self._retry.clear()
+                self._collect()
+            if self._open:
+                self._client.cancel(list(self._open))
+        except (TransportError, StageError, PipelineError) as lost:
+            # The signal may have reached every process, as Slurm's does: what is done is kept, and
+            # the rest is for the next run, whoever ends first.
+            self._progress.note(f"stopping: {lost}")
 
 
 def _is_settled(status: Mapping[str, Any]) -> bool:

@@ -59,7 +59,7 @@ class Job:
             }
             | settings,
             "model": {"path": "demo"},
-            "coordinator": {"shutdown_grace_s": 0.01},
+            "shutdown": {"grace_s": 0.01},
         }
         for name, values in (groups or {}).items():
             plain[name] = plain.get(name, {}) | values
@@ -281,6 +281,23 @@ def test_bad_lines_stop_the_job_before_anything_starts(job):
     assert refusal.value.exit_code == 2
     assert len(refusal.value.problems) == 3
     assert sorted(path.name for path in job.folder.iterdir()) == ["in.jsonl"]
+
+
+def test_more_than_a_limit_of_our_own_coordinator_is_a_bad_line(job):
+    (job.folder / "in.jsonl").write_text(request_line("a", stop=["x", "y"]) + request_line("b"))
+    limit = {"coordinator": {"max_stop_strings": 1}}
+    with pytest.raises(
+        BatchInputError, match=r"in\.jsonl:1: stop: .*coordinator\.max_stop_strings"
+    ):
+        job.run(groups=limit)
+    assert job.run(on_bad_line="skip", groups=limit) == EXIT_FAILED
+    assert (job.ids(), job.error_ids()) == (["b"], ["a"])
+
+
+def test_the_limits_of_a_coordinator_elsewhere_are_its_own(job):
+    (job.folder / "in.jsonl").write_text(request_line("a", stop=["x", "y"]))
+    limit = {"coordinator": {"max_stop_strings": 1, "address": "ipc:///nowhere"}}
+    assert job.run(groups=limit) == EXIT_OK
 
 
 def test_skipped_bad_lines_go_to_errors_and_the_others_run(job):
