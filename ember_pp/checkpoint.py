@@ -320,6 +320,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What ``save_tensors`` wrote, on the CPU; the file is mapped, and read where it is used."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown}: {'tensor' if len(names) == 1 else f'{len(names)} tensors'}"

@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from ember_pp.config_checks import at_least, check_devices, check_shard, check_split
+from ember_pp.config_checks import at_least, check_devices, check_shard, check_split, is_device
 from ember_pp.config_values import build_dataclass
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.sampling_params import SamplingParams, SamplingSizes
@@ -237,11 +237,13 @@ class DebugSettings:
 
     tap: str | None = None
     """Folder in which each stage writes the hidden states of every plan as safetensors."""
+    tap_every: int = 1
+    """Of how many plans one is written there: those whose numbers it divides."""
     record: str | None = None
     """File to which the coordinator writes the plans it issues, to be replayed."""
 
     def check(self) -> None:
-        """Nothing to check."""
+        at_least("debug.tap_every", self.tap_every, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -483,7 +485,45 @@ class BenchJob:
             )
 
 
-Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | KeysJob | PlanJob | BenchJob
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckJob:
+    """``job=check``: whether this machine computes what transformers computes, layer by layer, and
+    with several stages what one stage computes, bit for bit (``docs/checking.md``)."""
+
+    name: Literal["check"] = "check"
+    against: Literal["all", "transformers", "one_stage"] = "all"
+    """What the configured pipeline is held against. ``transformers`` needs the extra ``compare``.
+    ``one_stage``: the same plans again, by one stage on the device of the first."""
+    input: Any = None
+    """Prompts: files as for ``job=batch``, of whose lines only the prompt counts; null: a built-in
+    set, some of them long enough to be computed in chunks."""
+    requests: int = 256
+    """Requests, all open at once; of ``job.input``, at most so many."""
+    output_tokens: int = 16
+    """Tokens of each answer, greedy."""
+    device: str | None = None
+    """Where transformers runs, ``cpu`` or ``cuda:N``; null: on the device of the first stage."""
+    tap_every: int | None = None
+    """Of how many plans one is compared tensor by tensor; tokens are of all. null: by what fits
+    ``disk_gib``, but where there are CUDA graphs one of two at most, since these plans are none."""
+    disk_gib: float = 8.0
+    """Disk for what the stages compute, in GiB, under ``TMPDIR`` while the job runs."""
+    output: str | None = None
+    """JSON file for the result, or ``-`` for stdout; null: the tables alone."""
+
+    def check(self) -> None:
+        at_least("job.requests", self.requests, 1)
+        at_least("job.output_tokens", self.output_tokens, 1)
+        at_least("job.tap_every", self.tap_every, 1)
+        if self.disk_gib <= 0:
+            raise ConfigError(f"job.disk_gib: expected above 0, got {self.disk_gib}")
+        if self.device not in (None, "cpu") and not is_device(self.device):
+            raise ConfigError(f"job.device: expected cpu or cuda:N, got {self.device!r}")
+
+
+Job = (
+    BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | KeysJob | PlanJob | BenchJob | CheckJob
+)
 JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
     {
         "batch": BatchJob,
@@ -494,6 +534,7 @@ JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
         "keys": KeysJob,
         "plan": PlanJob,
         "bench": BenchJob,
+        "check": CheckJob,
     }
 )
 

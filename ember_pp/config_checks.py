@@ -17,7 +17,7 @@ def check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
     """Refuse what ``pipeline.devices`` cannot be."""
     key = "pipeline.devices"
     if isinstance(devices, str):
-        if devices not in ("auto", "cpu") and not _is_device(devices):
+        if devices not in ("auto", "cpu") and not is_device(devices):
             raise ConfigError(
                 f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}"
             )
@@ -31,11 +31,12 @@ def check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
             "per stage"
         )
     for device in devices:
-        if device not in ("auto", "cpu") and not _is_device(device):
+        if device not in ("auto", "cpu") and not is_device(device):
             raise ConfigError(f"{key}: expected auto, cpu or cuda:N, got {device!r}")
 
 
-def _is_device(device: Any) -> bool:
+def is_device(device: Any) -> bool:
+    """Whether it is ``cuda:N``."""
     return isinstance(device, str) and device.startswith("cuda:") and device[5:].isdecimal()
 
 

@@ -20,6 +20,7 @@ from ember_pp.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     expected_tensors,
+    load_tensors,
     locate,
     read_config,
     read_generation_config,
@@ -158,8 +159,10 @@ def test_check_is_quick_for_a_large_index(tmp_path: Path) -> None:
 def test_save_tensors_is_read_back(tmp_path: Path) -> None:
     tensors = {"layer.0": torch.randn(3, 4).T, "ids": torch.arange(3)}
     save_tensors(tmp_path / "new" / "tap.safetensors", tensors)
-    loaded = load_file(tmp_path / "new" / "tap.safetensors")
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    for read in (load_file, load_tensors):
+        loaded = read(tmp_path / "new" / "tap.safetensors")
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 # --------------------------------------------------------------------------------------

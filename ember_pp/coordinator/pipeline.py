@@ -96,7 +96,10 @@ class Pipeline:
         if self.scheduler is None:
             return
         while (plan := self.scheduler.next_plan()) is not None:
-            packed = protocol.encode(plan_to_execute(plan, EPOCH, self._config.debug.tap))
+            tap = self._config.debug.tap
+            if plan.number % self._config.debug.tap_every:
+                tap = None
+            packed = protocol.encode(plan_to_execute(plan, EPOCH, tap))
             if self._record is not None:
                 self._record.write(len(packed).to_bytes(4, "little") + packed)
             if self._trace is not None:
