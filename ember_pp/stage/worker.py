@@ -28,7 +28,6 @@ from ember_pp.protocol import (
     Execute,
     Message,
     Probe,
-    ProbeReport,
     StageConfig,
     StageProgress,
     StageReady,
@@ -41,9 +40,9 @@ from ember_pp.protocol import (
 from ember_pp.stage import capacity
 from ember_pp.stage.captured import MAX_CAPTURED_ROWS, CapturedSteps, StepLimits
 from ember_pp.stage.captured_runner import CapturedRunner
+from ember_pp.stage.edges import Edges
 from ember_pp.stage.failure import failure_of
-from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
-from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
+from ember_pp.stage.handoff import Receiver, RingShape, Sender
 from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
@@ -75,10 +74,7 @@ class StageWorker:
         self._stage_index = stage_index
         self._post = post
         self._slice: _Slice | None = None
-        self._receiver: Receiver | None = None
-        """Of hidden states; on the first stage, of feedback."""
-        self._sender: Sender | None = None
-        """Of hidden states; on the last stage, of feedback."""
+        self._edges: Edges | None = None
         self._runner: StageRunner | CapturedRunner | None = None
         self._started: deque[tuple[int, StartedPlan]] = deque()
         """Plans that the device may still be at, by number."""
@@ -156,17 +152,14 @@ class StageWorker:
     def close(self) -> None:
         """End waits for neighbours, now; the worker then fails silently. Any thread."""
         self._is_closing = True
-        for end in (self._receiver, self._sender):
-            if end is not None:
-                end.close()
+        if self._edges is not None:
+            self._edges.close()
 
     def stats(self) -> StageStats | None:
         """Totals so far and what is waited for now; None before ``Start``. Any thread."""
-        loaded = self._slice
-        if self._runner is None or loaded is None:
+        loaded, edges = self._slice, self._edges
+        if self._runner is None or loaded is None or edges is None:
             return None
-        ends = (self._receiver, self._sender)
-        waits = [wait for end in ends if end is not None and (wait := end.wait) is not None]
         times = self._clock.totals()
         return StageStats(
             epoch=loaded.message.epoch,
@@ -177,7 +170,7 @@ class StageWorker:
             wait_output_ns=times.wait_output_ns,
             host_gap_ns=times.host_gap_ns,
             idle_ns=times.idle_ns,
-            waiting_for=str(waits[0]) if waits else "",
+            waiting_for=edges.waiting_for,
             peak_bytes=_peak_bytes(loaded.device),
         )
 
@@ -200,20 +193,13 @@ class StageWorker:
             # Of this thread, for good: the default stream cannot be captured.
             torch.cuda.set_stream(torch.cuda.Stream(loaded.device))  # type: ignore[no-untyped-call]
         loaded.load(self._progress_reporter())
-        handle = {}
-        if message.num_stages > 1:
-            edge = Edge((self._stage_index - 1) % message.num_stages, self._stage_index)
-            shape = loaded.feedback_shape if loaded.is_first else loaded.ring_shape
-            self._receiver = open_receiver(
-                loaded.config.handoff, edge, shape, loaded.device, self._clock
-            )
-            handle = self._receiver.handle
+        self._edges = loaded.make_edges(self._clock)
         self._post(
             StageReady(
                 epoch=message.epoch,
                 stage_index=self._stage_index,
                 num_blocks=loaded.num_blocks_that_fit(),
-                handle=handle,
+                handle=self._edges.handle,
                 weight_bytes=loaded.weight_bytes,
                 block_bytes=loaded.block_bytes,
             )
@@ -235,12 +221,10 @@ class StageWorker:
         loaded = self._loaded("Start", message.epoch)
         if self._runner is not None:
             raise ProtocolError(f"stage {self._stage_index} got Start a second time")
-        num_stages = loaded.message.num_stages
-        if num_stages > 1:
-            edge = Edge(self._stage_index, (self._stage_index + 1) % num_stages)
-            shape = loaded.feedback_shape if loaded.is_last else loaded.ring_shape
-            self._sender = open_sender(message.next_handle, edge, shape, loaded.device, self._clock)
-        self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
+        edges = self._edges
+        assert edges is not None, "made with the configuration"
+        edges.open_next(message.next_handle)
+        self._runner = loaded.make_runner(message.num_blocks, edges.receiver, edges.sender)
         self._runner.warm_up()
         recorder = None
         if loaded.config.trace.is_on:
@@ -249,25 +233,9 @@ class StageWorker:
         self._post(StageStarted(message.epoch, self._stage_index))
 
     def _on_probe(self, message: Probe) -> None:
-        loaded = self._loaded("Probe", message.epoch)
-        if self._sender is not None and message.edge == str(self._sender.edge):
-            path = self._sender.path
-            result = probe_sender(self._sender, message.seed, loaded.device)
-        elif self._receiver is not None and message.edge == str(self._receiver.edge):
-            path = self._receiver.path
-            result = probe_receiver(self._receiver, message.seed)
-        else:
-            raise ProtocolError(f"stage {self._stage_index} is no end of edge {message.edge}")
-        self._post(
-            ProbeReport(
-                epoch=message.epoch,
-                stage_index=self._stage_index,
-                edge=message.edge,
-                path=path,
-                is_ok=result.is_ok,
-                text=result.text,
-            )
-        )
+        self._loaded("Probe", message.epoch)
+        assert self._edges is not None, "made with the configuration"
+        self._post(self._edges.probe(message))
 
     def _on_execute(self, execute: Execute) -> None:
         self._loaded("Execute", execute.epoch)
@@ -364,6 +332,18 @@ class _Slice:
             max_tokens=min(self.message.max_slots, max_tokens),
             hidden_size=1,
             dtype=torch.int32,
+        )
+
+    def make_edges(self, clock: StageClock) -> Edges:
+        """Both ends of a new epoch; ``clock`` counts their waits."""
+        return Edges(
+            self.message.stage_index,
+            self.message.num_stages,
+            path=self.config.handoff,
+            ring_shape=self.ring_shape,
+            feedback_shape=self.feedback_shape,
+            device=self.device,
+            clock=clock,
         )
 
     def load(self, on_progress: Callable[[int, int], None]) -> None:

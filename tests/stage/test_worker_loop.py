@@ -52,6 +52,7 @@ class Stage:
             message=message, device=torch.device("cpu"), step_advice=lambda plan: ""
         )
         self.worker._runner = self.device
+        self.worker._edges = SimpleNamespace(waiting_for="", close=lambda: None)
 
     def loop_over(self, *plans):
         """The loop in a thread, and its inbox, in which nothing follows ``plans``."""
