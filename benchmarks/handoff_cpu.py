@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.conditions import conditions
-from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
+from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, make_receiver, make_sender
 
 CPU = torch.device("cpu")
 HIDDEN_SIZE = 1024  # of Qwen3-0.6B: a row is 2 KiB
@@ -64,9 +64,10 @@ def echo(receiver: Receiver, sender: Sender, num_tokens: int, mode: str, count: 
 
 def run_child(repeats: int) -> None:
     """Second process: handles come and go as lines of JSON."""
-    receiver = open_receiver("host_shm", OUT, SHAPE, CPU)
+    receiver = make_receiver("host_shm", OUT, SHAPE, CPU)
     print(json.dumps(receiver.handle), flush=True)
-    sender = open_sender(json.loads(sys.stdin.readline()), BACK, SHAPE, CPU)
+    sender = make_sender("host_shm", BACK, SHAPE, CPU)
+    sender.connect(json.loads(sys.stdin.readline()))
     for num_tokens in TOKEN_COUNTS:
         for mode in MODES:
             echo(receiver, sender, num_tokens, mode, repeats + WARM_UP)
@@ -113,8 +114,9 @@ def main() -> None:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        sender = open_sender(json.loads(child.stdout.readline()), OUT, SHAPE, CPU)
-        receiver = open_receiver("host_shm", BACK, SHAPE, CPU)
+        sender = make_sender("host_shm", OUT, SHAPE, CPU)
+        sender.connect(json.loads(child.stdout.readline()))
+        receiver = make_receiver("host_shm", BACK, SHAPE, CPU)
         print(json.dumps(receiver.handle), file=child.stdin, flush=True)
         results = []
         for num_tokens in TOKEN_COUNTS:
