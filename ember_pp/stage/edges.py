@@ -203,10 +203,9 @@ class Edges:
 
 
 def _only(ends: dict[str, _End], path: str) -> _End:
-    """The end of ``path``; the ones before it have failed."""
-    for failed in list(ends):
+    """The end of ``path``; the ones before it have failed, and let go of the other end."""
+    for failed in ends:
         if failed == path:
             break
         ends[failed].disconnect()
-        ends.pop(failed).free()
     return ends[path]

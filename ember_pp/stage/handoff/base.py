@@ -267,14 +267,16 @@ class Sender(_End):
         Raises:
             ProtocolError: it does not fit.
         """
-        shape, num_tokens = self.shape, hidden_states.shape[0]
+        shape, size = self.shape, hidden_states.shape
+        num_tokens: int = size[0]
         if (
-            hidden_states.shape != (num_tokens, shape.hidden_size)
+            len(size) != 2
+            or size[1] != shape.hidden_size
             or num_tokens > shape.max_tokens
             or hidden_states.dtype != shape.dtype
         ):
             raise ProtocolError(
-                f"edge {self.edge}, plan {plan}: hidden states {list(hidden_states.shape)} "
+                f"edge {self.edge}, plan {plan}: hidden states {list(size)} "
                 f"{hidden_states.dtype}; a slot takes [at most {shape.max_tokens}, "
                 f"{shape.hidden_size}] {shape.dtype}"
             )

@@ -29,7 +29,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,12 +53,15 @@ from ember_pp.kernels.driver import (
 from ember_pp.kernels.kernel_set import KernelSet
 from ember_pp.stage.handoff.base import Edge, Receiver, RingShape, Sender, Wait
 from ember_pp.stage.handoff.host_shm import host_id
+from ember_pp.stage.handoff.side_stream import open_side_stream
 from ember_pp.stage.timing import StageClock
 
 COPY_ENGINE_BYTES = 32 * 2**20
 """From this size of a message on the copy engine moves it (docs/gpu.md has the measurement)."""
 _LINE_BYTES = 128
 _TAG_OFFSET = 16
+_SCRATCH_OFFSET = 64
+"""In the line behind those of the slots, which begins with a counter of thread blocks."""
 _SLOT_ALIGNMENT = 256
 ARENA_ALIGNMENT = 2 * 2**20
 """Smaller allocations share a block of this size, and a handle is of the whole block."""
@@ -66,6 +69,7 @@ _THREADS, _WORDS_PER_THREAD, _WARP = 256, 4, 32
 _MAX_THREAD_BLOCKS = 264
 _WORDS = {16: "uint4", 8: "uint2", 4: "u32", 2: "unsigned short"}
 _FAULT_WORDS = 5
+_FLAG_MASK = 0xFFFFFFFF
 _NEVER = 1 << 30
 """How far beyond its last number ``close`` sets a flag: comparisons are of differences, and cover
 half of all numbers."""
@@ -74,12 +78,12 @@ _POLL_S = 100e-6
 
 def flag_of(plan: int, num_slots: int) -> int:
     """The number of ``plan`` in a flag: positive from the first plan of a probe on, in 32 bits."""
-    return (plan + 2 * num_slots + 1) & 0xFFFFFFFF
+    return (plan + 2 * num_slots + 1) & _FLAG_MASK
 
 
 def never_reached(newest_flag: int) -> int:
     """A number that passes all waits up to ``newest_flag``, and those of the plans to come."""
-    return (newest_flag + _NEVER) & 0xFFFFFFFF
+    return (newest_flag + _NEVER) & _FLAG_MASK
 
 
 def why_unreachable(
@@ -137,12 +141,15 @@ class _End:
         self.call("its first numbers", "cuStreamSynchronize", stream)
         self._handle = IpcHandle()
         self.call("exporting it", "cuIpcGetMemHandle", ctypes.byref(self._handle), self.arena)
-        # Of the highest priority, so that it shares no queue with a stream that waits.
-        side_stream = ctypes.c_void_p()
-        self.call("a stream", "cuStreamCreateWithPriority", ctypes.byref(side_stream), 1, -5)
-        self._side_stream = side_stream.value
+        scratch = self.arena + shape.num_slots * _LINE_BYTES + _SCRATCH_OFFSET
+        self._side_stream = open_side_stream(stream, scratch)
         self.other = 0
         """Address of the other end's arena here; 0: not connected."""
+        self.num_slots = shape.num_slots
+        self.flag_offset = flag_of(0, shape.num_slots)
+        self.counter = self.arena + shape.num_slots * _LINE_BYTES
+        """Of thread blocks, for the kernels of this end."""
+        self._wait_value: Callable[[int, int, int, int], int] = driver().cuStreamWaitValue32_v2
         self.is_closed = False
         self._newest_flag = 0
 
@@ -224,14 +231,22 @@ class _End:
             state = "closed" if self.is_closed else "not connected yet"
             raise HandoffError(f"edge {self.edge}: {state}")
 
-    def await_flag(self, slot: int, plan: int) -> None:
-        """Enqueue the wait for this end's flag of ``slot`` to be that of ``plan`` or beyond."""
-        flag = flag_of(plan, self.shape.num_slots)
-        self._newest_flag = flag
+    def await_flag(self, slot: int, plan: int) -> int:
+        """Enqueue the wait for this end's flag of ``slot`` to be that of ``plan`` or beyond.
+
+        Returns:
+            What it waits for.
+
+        Raises:
+            HandoffError: closed, not connected, or the driver refused.
+        """
+        self.check_open()
+        flag = self._newest_flag = (plan + self.flag_offset) & _FLAG_MASK
         address = self.arena + slot * _LINE_BYTES
-        status = self._driver.cuStreamWaitValue32_v2(self.stream, address, flag, WAIT_GEQ)
+        status = self._wait_value(self.stream, address, flag, WAIT_GEQ)
         if status:
             raise HandoffError(f"edge {self.edge}: waiting on the device: {error_text(status)}")
+        return flag
 
     def write_time(self, at: int) -> None:
         """Enqueue that the card writes its time there."""
@@ -297,18 +312,20 @@ class CudaIpcReceiver(Receiver):
         clock: StageClock | None = None,
     ) -> None:
         super().__init__(edge, shape, clock)
-        self._slot_bytes = _round_up(shape.slot_bytes, _SLOT_ALIGNMENT)
-        self._lines_bytes = (shape.num_slots + 1) * _LINE_BYTES
-        self._lines_bytes = _round_up(self._lines_bytes, _SLOT_ALIGNMENT)
-        self._end = _End(edge, shape, device, receiver_bytes(shape))
-        word, self._word_bytes = _word_of(shape)
-        self._take = self._end.kernels.get(
+        self._end = end = _End(edge, shape, device, receiver_bytes(shape))
+        word, word_bytes = _word_of(shape)
+        self._words_per_token = shape.hidden_size * shape.dtype.itemsize // word_bytes
+        self._take = end.kernels.get(
             "handoff.cuh", f"take_slot_kernel<{word}>", "PPqPqqPIPPP", overlaps=False
         )
-        self._take_pairs = self._end.kernels.get(
+        self._take_pairs = end.kernels.get(
             "handoff.cuh", "take_pairs_kernel", "PPqPqqPIPP", overlaps=False
         )
+        self._slots = [_slot_address(end.arena, shape, slot) for slot in range(shape.num_slots)]
+        self._tags = [end.arena + _LINE_BYTES * i + _TAG_OFFSET for i in range(shape.num_slots)]
         self._fault = torch.zeros(_FAULT_WORDS, dtype=torch.int64, pin_memory=True)
+        self._fault_address = self._fault.data_ptr()
+        self._has_fault = ctypes.c_int64.from_address(self._fault_address + 8 * (_FAULT_WORDS - 1))
 
     @property
     def handle(self) -> dict[str, Any]:
@@ -332,58 +349,53 @@ class CudaIpcReceiver(Receiver):
         """Nothing to do: what was received is a copy, and the slot was given back behind it."""
 
     def receive_into(self, plan: int, output: Tensor, *, at: int = 0) -> None:
-        end, (num_tokens, width) = self._end, output.shape
-        slot = self._await(plan)
-        line, num_words = slot * _LINE_BYTES, num_tokens * width * output.itemsize
-        num_words //= self._word_bytes
+        end, num_tokens = self._end, output.shape[0]
+        num_words = num_tokens * self._words_per_token
+        slot = plan % end.num_slots
+        flag = end.await_flag(slot, plan)
         arguments = (
-            end.arena + self._lines_bytes + slot * self._slot_bytes,
+            self._slots[slot],
             output.data_ptr(),
             num_words,
-            end.arena + line + _TAG_OFFSET,
+            self._tags[slot],
             plan,
             num_tokens,
-            end.other + line,
-            flag_of(plan, self.shape.num_slots),
-            end.arena + self.shape.num_slots * _LINE_BYTES,
+            end.other + slot * _LINE_BYTES,
+            flag,
+            end.counter,
             at,
-            self._fault.data_ptr(),
+            self._fault_address,
         )
-        self._take.launch((_num_thread_blocks(num_words), 1), _THREADS, arguments)
+        self._take.launch(_grid(num_words), _THREADS, arguments)
 
     def receive_pairs(
         self, plan: int, num_pairs: int, target: Tensor, *, ready_at: int = 0, at: int = 0
     ) -> None:
+        end = self._end
         if ready_at:
-            self._end.write_time(ready_at)
-        end, slot = self._end, self._await(plan)
-        line = slot * _LINE_BYTES
+            end.write_time(ready_at)
+        slot = plan % end.num_slots
+        flag = end.await_flag(slot, plan)
         arguments = (
-            end.arena + self._lines_bytes + slot * self._slot_bytes,
+            self._slots[slot],
             target.data_ptr(),
-            len(target),
-            end.arena + line + _TAG_OFFSET,
+            target.shape[0],
+            self._tags[slot],
             plan,
             num_pairs,
-            end.other + line,
-            flag_of(plan, self.shape.num_slots),
+            end.other + slot * _LINE_BYTES,
+            flag,
             at,
-            self._fault.data_ptr(),
+            self._fault_address,
         )
         self._take_pairs.launch((1, 1), _THREADS, arguments)
-
-    def _await(self, plan: int) -> int:
-        self._end.check_open()
-        slot = plan % self.shape.num_slots
-        self._end.await_flag(slot, plan)
-        return slot
 
     def settle(self, *, timeout_s: float = math.inf) -> None:
         self._end.settle(timeout_s)
         self.check()
 
     def check(self) -> None:
-        if not int(self._fault[4]):
+        if not self._has_fault.value:
             return
         plan, num_tokens, found_plan, found_tokens, _ = self._fault.tolist()
         raise ProtocolError(
@@ -415,14 +427,14 @@ class CudaIpcSender(Sender):
         clock: StageClock | None = None,
     ) -> None:
         super().__init__(edge, shape, clock)
-        self._slot_bytes = _round_up(shape.slot_bytes, _SLOT_ALIGNMENT)
-        self._lines_bytes = (shape.num_slots + 1) * _LINE_BYTES
-        self._end = _End(edge, shape, device, self._lines_bytes)
-        self._slots_offset = _round_up(self._lines_bytes, _SLOT_ALIGNMENT)
+        self._end = _End(edge, shape, device, _lines_bytes(shape))
         word, self._word_bytes = _word_of(shape)
+        self._words_per_token = shape.hidden_size * shape.dtype.itemsize // self._word_bytes
         self._send = self._end.kernels.get(
             "handoff.cuh", f"send_slot_kernel<{word}>", "PPqPqqPIPPP", overlaps=False
         )
+        self._slots: list[int] = []
+        """Addresses of the receiver's slots here, once connected."""
         self._plan_in: list[int | None] = [None] * shape.num_slots
         """The plan sent last in each slot: it must have been read before the next."""
 
@@ -431,7 +443,9 @@ class CudaIpcSender(Sender):
         return self._end.handle
 
     def connect(self, handle: Mapping[str, Any]) -> None:
-        self._end.connect(handle)
+        end, shape = self._end, self.shape
+        end.connect(handle)
+        self._slots = [_slot_address(end.other, shape, slot) for slot in range(shape.num_slots)]
 
     @property
     def wait(self) -> Wait | None:
@@ -441,40 +455,43 @@ class CudaIpcSender(Sender):
         self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf, at: int = 0
     ) -> None:
         end, num_tokens = self._end, self.check_message(plan, hidden_states)
-        end.check_open()
-        message = hidden_states.contiguous()
-        if message.data_ptr() % self._word_bytes:
-            message = message.clone()
-        slot = plan % self.shape.num_slots
+        slot = plan % end.num_slots
         before = self._plan_in[slot]
-        if before is not None:
+        if before is None:
+            end.check_open()
+        else:
             end.await_flag(slot, before)
         self._plan_in[slot] = plan
-        line, to = slot * _LINE_BYTES, end.other + self._slots_offset + slot * self._slot_bytes
-        num_words, is_free_written = message.nbytes // self._word_bytes, False
-        if message.nbytes >= COPY_ENGINE_BYTES:
+        num_words = num_tokens * self._words_per_token
+        if not hidden_states.is_contiguous() or hidden_states.data_ptr() % self._word_bytes:
+            hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
+        free_at, sent_at = at, at and at + 8
+        if num_words * self._word_bytes >= COPY_ENGINE_BYTES:
             if at:
                 end.write_time(at)
-            copied = to, message.data_ptr(), message.nbytes, end.stream
-            end.call(f"plan {plan}", "cuMemcpyDtoDAsync_v2", *copied)
-            num_words, is_free_written = 0, True
+            self._copy(plan, slot, hidden_states)
+            num_words, free_at = 0, 0
+        line = end.other + slot * _LINE_BYTES
         arguments = (
-            message.data_ptr(),
-            to,
+            hidden_states.data_ptr(),
+            self._slots[slot],
             num_words,
-            end.other + line + _TAG_OFFSET,
+            line + _TAG_OFFSET,
             plan,
             num_tokens,
-            end.other + line,
-            flag_of(plan, self.shape.num_slots),
-            end.arena + self.shape.num_slots * _LINE_BYTES,
-            0 if is_free_written else at,
-            at and at + 8,
+            line,
+            (plan + end.flag_offset) & _FLAG_MASK,
+            end.counter,
+            free_at,
+            sent_at,
         )
-        self._send.launch((_num_thread_blocks(num_words), 1), _THREADS, arguments)
+        self._send.launch(_grid(num_words), _THREADS, arguments)
+
+    def _copy(self, plan: int, slot: int, message: Tensor) -> None:
+        arguments = self._slots[slot], message.data_ptr(), message.nbytes, self._end.stream
+        self._end.call(f"plan {plan}", "cuMemcpyDtoDAsync_v2", *arguments)
 
     def drain(self, *, timeout_s: float = math.inf) -> None:
-        self._end.check_open()
         for slot, plan in enumerate(self._plan_in):
             if plan is not None:
                 self._end.await_flag(slot, plan)
@@ -495,9 +512,16 @@ class CudaIpcSender(Sender):
 
 def receiver_bytes(shape: RingShape) -> int:
     """Device memory of a receiver's arena."""
-    lines = _round_up((shape.num_slots + 1) * _LINE_BYTES, _SLOT_ALIGNMENT)
-    size = lines + shape.num_slots * _round_up(shape.slot_bytes, _SLOT_ALIGNMENT)
-    return _round_up(size, ARENA_ALIGNMENT)
+    return _round_up(_slot_address(0, shape, shape.num_slots), ARENA_ALIGNMENT)
+
+
+def _lines_bytes(shape: RingShape) -> int:
+    """Flags and tags of all slots, and a line that is this end's own."""
+    return _round_up((shape.num_slots + 1) * _LINE_BYTES, _SLOT_ALIGNMENT)
+
+
+def _slot_address(arena: int, shape: RingShape, slot: int) -> int:
+    return arena + _lines_bytes(shape) + slot * _round_up(shape.slot_bytes, _SLOT_ALIGNMENT)
 
 
 def _word_of(shape: RingShape) -> tuple[str, int]:
@@ -507,8 +531,9 @@ def _word_of(shape: RingShape) -> tuple[str, int]:
     return _WORDS[size], size
 
 
-def _num_thread_blocks(num_words: int) -> int:
-    return max(1, min(-(-num_words // (_THREADS * _WORDS_PER_THREAD)), _MAX_THREAD_BLOCKS))
+def _grid(num_words: int) -> tuple[int, int]:
+    """Thread blocks for a message."""
+    return max(1, min(-(-num_words // (_THREADS * _WORDS_PER_THREAD)), _MAX_THREAD_BLOCKS)), 1
 
 
 def _round_up(number: int, multiple: int) -> int:
