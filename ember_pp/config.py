@@ -463,7 +463,7 @@ class Config:
     plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
     profile: bool = False
     """``job=plan`` measures the model's layers on the devices first, and stores the times."""
-    handoff: Literal["auto", "host_shm"] = "auto"
+    handoff: Literal["auto", "cuda_ipc", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Implementation of the model's operations: own CUDA kernels, or plain torch; ``auto`` is

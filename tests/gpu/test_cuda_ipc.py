@@ -6,8 +6,8 @@ import traceback
 
 import pytest
 import torch
-from stage_processes import mps, run_pair
 
+from benchmarks.stage_processes import mps, run_pair
 from ember_pp.coordinator.edge_choice import EdgeChoice
 from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
 from ember_pp.protocol import Probe

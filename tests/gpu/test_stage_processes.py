@@ -16,8 +16,8 @@ from recorded_plans import (
     record,
 )
 from safetensors.torch import load_file
-from stage_processes import Pipeline, decode_plans, mps, settle
 
+from benchmarks.stage_processes import DecodePlans, Pipeline, mps, settle
 from ember_pp.checkpoint import read_config
 from ember_pp.model_config import ModelConfig
 
@@ -136,7 +136,7 @@ def cycles_per_ms():
 def test_a_delay_in_one_stage_is_waiting_in_the_others(pipeline):
     """Each plan needs the tokens of the one before: what stage 1 takes longer, the others wait.
     And a stage that waits says for what."""
-    plans = decode_plans(NUM_DECODES)
+    plans = DecodePlans(1).take(NUM_DECODES)
     waits = []
     for hooks in ({}, {1: functools.partial(delayed)}):
         stages = pipeline(3, hooks=hooks)
@@ -167,7 +167,7 @@ def test_a_delay_in_one_stage_is_waiting_in_the_others(pipeline):
 
 def says_for_what(stages, plan):
     """A plan that stage 0 does not get: stage 1 says whom it waits for, until it comes."""
-    execute = decode_plans(plan + 1)[plan]
+    execute = DecodePlans(1).take(plan + 1)[plan]
     stages.send(1, execute)
     words = f"plan {plan}: stage 0 to write slot {plan % MAX_IN_FLIGHT} of edge 0->1, for "
     settle(lambda: stages.stats(1).waiting_for.startswith(words))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import subprocess
 import tempfile
 import threading
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
@@ -183,8 +184,9 @@ def _run_stage(pipe: Connection, stage_index: int, hook: Callable[[Any], None] |
                 stats = worker.stats()
                 if stats is not None:
                     post(stats)
-            elif packed == b"trace":
-                post(worker.take_trace())
+            elif packed.startswith(b"call "):  # what a hook has left there for this
+                with lock:
+                    pipe.send_bytes(pickle.dumps(worker.calls[packed[5:].decode()]()))
             else:
                 inbox.put(protocol.decode(packed))
 
@@ -278,12 +280,15 @@ class Pipeline:
             if isinstance(message, kind):
                 return message
 
-    def run(self, plans: Sequence[protocol.Execute]) -> list[protocol.Sampled]:
+    def run(
+        self, plans: Sequence[protocol.Execute], max_in_flight: int | None = None
+    ) -> list[protocol.Sampled]:
         """What the last stage draws, with as many plans in flight as may be."""
+        max_in_flight = max_in_flight or self._max_in_flight
         answers: list[protocol.Sampled] = []
         in_flight: deque[int] = deque()
         for execute in plans:
-            while len(in_flight) >= self._max_in_flight:
+            while len(in_flight) >= max_in_flight:
                 answers.append(self.hear(len(self._stages) - 1, protocol.Sampled))
                 in_flight.popleft()
             in_flight.append(execute.plan)
@@ -298,53 +303,98 @@ class Pipeline:
         self._stages[index].pipe.send_bytes(b"stats")
         return self.hear(index, protocol.StageStats)
 
+    def call(self, index: int, name: str) -> Any:
+        """What ``worker.calls[name]()`` returns, which a hook has put there; between plans."""
+        self._stages[index].pipe.send_bytes(f"call {name}".encode())
+        return pickle.loads(self._stages[index].pipe.recv_bytes())
+
     def stop(self) -> None:
         """End all processes."""
         for process in self._stages:
             process.stop()
-        wait([], 0)
 
 
-def decode_plans(num_plans: int, *, slots: int = 1, prompt: int = 4) -> list[protocol.Execute]:
-    """A prompt for each slot, then one token for all of them in each plan; every plan needs the
-    feedback of the one before it."""
-    nothing = dict.fromkeys(("leave", "blocks", "join", "chunks", "chunk_ids"), b"")
-    fields = {"epoch": 0, "microbatch": 0, "after_idle": False, "tap": None}
-    first = protocol.Execute(
-        plan=0,
-        feedback=-1,
-        open=[
-            protocol.OpenSlot(slot, slot, {"temperature": 0.0}, prompt, 0, b"", b"")
-            for slot in range(slots)
-        ],
-        **fields
-        | nothing
-        | {
-            "blocks": protocol.pack_u32(
-                [number for slot in range(slots) for number in (slot, slot)]
-            ),
-            "chunks": protocol.pack_u32(
-                [number for slot in range(slots) for number in (slot, 0, prompt, 1)]
-            ),
-            "chunk_ids": protocol.pack_i32([7] * (slots * prompt)),
-            "after_idle": True,
-        },
-    )
-    plans = [first]
-    for plan in range(1, num_plans):
-        length = prompt + plan
-        changes = {}
-        if plan == 1:
-            changes["join"] = protocol.pack_u32(list(range(slots)))
-        if (length - 1) % 16 == 0:
-            block = (length - 1) // 16 * slots
-            changes["blocks"] = protocol.pack_u32(
-                [number for slot in range(slots) for number in (slot, block + slot)]
-            )
-        plans.append(
-            protocol.Execute(plan=plan, feedback=plan - 1, open=[], **(fields | nothing | changes))
+class DecodePlans:
+    """Plans of micro-batches that decode, as a coordinator would make them.
+
+    Each micro-batch begins with the prompts of all its rows; from then on a plan draws one token
+    for each row of one micro-batch, in turn, from the tokens of its plan before.
+
+    Args:
+        rows: of a micro-batch.
+        num_microbatches: plans that do not need each other.
+        prompt: tokens of each row's prompt.
+        max_tokens: of a sequence: blocks for so many are given at the start.
+        first_plan: the number of the first plan.
+        first_slot: slots from here on are taken; blocks and micro-batches follow from it.
+        block_size: ``cache.block_size``.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        num_microbatches: int = 1,
+        prompt: int = 4,
+        max_tokens: int = 200,
+        first_plan: int = 0,
+        first_slot: int = 0,
+        block_size: int = 16,
+    ) -> None:
+        self.next_plan = first_plan
+        self._first_slot = first_slot
+        self._rows, self._prompt, self._num_microbatches = rows, prompt, num_microbatches
+        self._blocks_per_slot = -(-max_tokens // block_size)
+        self._turn = 0
+        self._newest: dict[int, int] = {}
+        """The last plan of each micro-batch."""
+
+    @property
+    def next_slot(self) -> int:
+        """The first that is not taken."""
+        return self._first_slot + self._rows * self._num_microbatches
+
+    def take(self, count: int) -> list[protocol.Execute]:
+        """The next plans."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> protocol.Execute:
+        turn = self._turn % self._num_microbatches
+        has_begun, microbatch = turn in self._newest, self._first_slot + turn
+        slots = range(
+            self._first_slot + self._rows * turn, self._first_slot + self._rows * (turn + 1)
         )
-    return plans
+        fields: dict[str, Any] = dict.fromkeys(("leave", "blocks", "join", "chunks"), b"")
+        fields |= {"open": [], "chunk_ids": b"", "feedback": self._newest.get(turn, -1)}
+        if not has_begun:
+            fields |= self._prompts(slots)
+        elif self._turn < 2 * self._num_microbatches:
+            fields["join"] = protocol.pack_u32(list(slots))
+        plan = protocol.Execute(
+            epoch=0,
+            plan=self.next_plan,
+            microbatch=microbatch,
+            after_idle=self._turn == 0,
+            tap=None,
+            **fields,
+        )
+        self._newest[turn] = self.next_plan
+        self.next_plan += 1
+        self._turn += 1
+        return plan
+
+    def _prompts(self, slots: range) -> dict[str, Any]:
+        per_slot, prompt = self._blocks_per_slot, self._prompt
+        blocks = [n for s in slots for i in range(per_slot) for n in (s, s * per_slot + i)]
+        ids = [(31 * slot + 7 * i) % 900 + 3 for slot in slots for i in range(prompt)]
+        greedy = {"temperature": 0.0}
+        return {
+            "open": [protocol.OpenSlot(s, s, greedy, prompt, 0, b"", b"") for s in slots],
+            "blocks": protocol.pack_u32(blocks),
+            "chunks": protocol.pack_u32([n for s in slots for n in (s, 0, prompt, 1)]),
+            "chunk_ids": protocol.pack_i32(ids),
+            "feedback": -1,
+        }
 
 
 def settle(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
