@@ -219,7 +219,7 @@ class Pipeline:
         **settings: Any,
     ) -> None:
         self._max_in_flight = limits["max_in_flight"]
-        num_stages = len(devices)
+        self.num_stages = num_stages = len(devices)
         pipeline = {"stages": num_stages, "devices": list(devices)}
         plain = {"job": {"name": "serve"}, "model": model, "pipeline": pipeline} | settings
         config = configuration.to_plain(configuration.build(plain))
