@@ -107,10 +107,12 @@ def run_part(cases: Sequence[Case], store: Store, *, limit_s: float, again: bool
             _say(f"{title}: no time left in this part")
             continue
         said = _run_case(case, limit_s=left_s)
-        if any(one.get("cut") for one in said.values()):
+        whole = {name: one for name, one in said.items() if not one.get("cut")}
+        if whole:
+            store.put(case, whole)
+        if len(whole) < len(said):
             _say(f"{title}: cut off by the limit of the part")
             continue
-        store.put(case, said)
         _say(f"{title}: " + ", ".join(f"{name} {_outcome(one)}" for name, one in said.items()))
 
 

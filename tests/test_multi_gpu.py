@@ -300,11 +300,13 @@ def test_a_part_goes_on_where_it_stopped(path, monkeypatch) -> None:
 
 
 def test_what_the_part_cut_off_is_not_stored(path, monkeypatch) -> None:
-    cut = {"error": "took more than 9 s", "cut": True}
-    monkeypatch.setattr(multi_gpu.multi_gpu_child, "run", lambda command, *, left_s: cut)
+    said = [{"result": {}, "took_s": 1.0}, {"error": "took more than 9 s", "cut": True}]
+    monkeypatch.setattr(multi_gpu.multi_gpu_child, "run", lambda command, *, left_s: said.pop(0))
     store = multi_gpu.Store(path, run_of())
-    multi_gpu.run_part([case_of()], store, limit_s=50.0, again=False)
-    assert store.parts == {}
+    case = case_of(commands=("one", "two"))
+    multi_gpu.run_part([case], store, limit_s=50.0, again=False)
+    assert list(store.parts["probe"]["a"]["said"]) == ["one"]
+    assert not store.has(case), "it runs as a whole again"
 
 
 # --------------------------------------------------------------------------------------
