@@ -7,7 +7,8 @@ weights on 1, 2, 4, ... GPUs; a stage that is killed; a picture of one steady se
 Each case is a child process with a time limit and is stored as it ends, so that a run which was
 cut off goes on where it stopped: what is in the file for this commit and these devices is not run
 again without ``--again``. A part takes ``--limit_s`` at most; what does not fit is for the next
-call. ``--devices 0,0`` runs everything on one GPU, ``--devices cpu,cpu`` without any.
+call. ``--devices 0,0`` runs everything on one GPU, under MPS where that is installed;
+``--devices cpu,cpu`` without any.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import multi_gpu_child, multi_gpu_ratios
+from benchmarks import multi_gpu_child, multi_gpu_mps, multi_gpu_ratios
 from benchmarks.conditions import conditions
 from benchmarks.multi_gpu_cases import MODELS, PARTS, Case, all_cases
 from ember_pp.devices import count_gpus
@@ -203,22 +204,22 @@ def main() -> None:
         models = _some(options.models, MODELS)
     except ValueError as error:
         parser.error(str(error))
-    store = Store(options.output, describe_run(devices, options.commit))
     cases = [
         case
         for case in all_cases(devices, models, options.output.resolve().parent)
         if options.only in case.name
     ]
-    for part in parts:
-        of_part = [case for case in cases if case.part == part]
-        if options.list:
-            print("\n".join(f"{part}: {case.name}" for case in of_part))
-        else:
-            run_part(of_part, store, limit_s=options.limit_s, again=options.again)
-    if not options.list:
-        rows = multi_gpu_ratios.summarize(store.parts)
-        store.put_table(rows)
-        print(multi_gpu_ratios.render(rows))
+    by_part = {part: [case for case in cases if case.part == part] for part in parts}
+    if options.list:
+        print("\n".join(f"{case.part}: {case.name}" for part in parts for case in by_part[part]))
+        return
+    with multi_gpu_mps.service(devices):
+        store = Store(options.output, describe_run(devices, options.commit))
+        for part in parts:
+            run_part(by_part[part], store, limit_s=options.limit_s, again=options.again)
+    rows = multi_gpu_ratios.summarize(store.parts)
+    store.put_table(rows)
+    print(multi_gpu_ratios.render(rows))
 
 
 def _some(given: str, known: Sequence[str]) -> list[str]:
