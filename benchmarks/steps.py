@@ -104,7 +104,7 @@ class Stage:
         )
         cache.storage.normal_(std=0.5) if cache.num_bytes < 2**33 else cache.storage.zero_()
         sampler = Sampler(self.cfg.vocab_size, max_slots + 1, (), CUDA, ops)
-        last_tokens = LastTokens(max_slots + 1, CUDA, source=None, max_in_flight=2)
+        last_tokens = LastTokens(max_slots + 1, CUDA, max_in_flight=2)
         self.steps = CapturedSteps(
             self.model,
             cache,
@@ -123,11 +123,8 @@ class Stage:
             0,
             self.steps,
             Slots(max_slots + 1, model_len // BLOCK_SIZE, BLOCK_SIZE, vocab_size=10**6),
-            source=None,
-            sink=None,
             sampler=sampler,
             last_tokens=last_tokens,
-            feedback=None,
         )
         self.plan = 0
         self.roster: list[int] = []

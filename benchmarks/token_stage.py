@@ -55,16 +55,18 @@ class TokenStage:
     def run(self, token: str, text_ids: array.array[int]) -> None:
         """Return when told to end, or when nothing was heard for a minute."""
         index, drawer, is_last = self._stage_index, Drawer(text_ids), False
+        paths: dict[str, dict[str, str]] = {}
         self._socket.send(protocol.StageHello(index, token, os.getpid(), {}))
         while (message := self._socket.receive(60.0)) is not None:
             match message:
                 case protocol.StageConfig():
                     is_last = index == message.num_stages - 1
+                    paths = paths_of(index, message.num_stages)
                     self._socket.send(protocol.StageReady(0, index, NUM_BLOCKS, {}, 0, 1))
                 case protocol.Start():
-                    self._socket.send(protocol.StageStarted(0, index))
+                    self._socket.send(protocol.StageStarted(0, index, paths))
                 case protocol.Probe():
-                    report = protocol.ProbeReport(0, index, message.edge, "none", True, "")
+                    report = protocol.ProbeReport(0, index, message.edge, message.path, True, "")
                     self._socket.send(report)
                 case protocol.Execute():
                     if is_last:
@@ -86,6 +88,14 @@ class TokenStage:
             self._told_ns = now_ns
             stats = protocol.StageStats(0, self._stage_index, plan, now_ns, 0, 0, 0, 0, "", 0)
             self._socket.send(stats)
+
+
+def paths_of(stage_index: int, num_stages: int) -> dict[str, dict[str, str]]:
+    """Edges that carry nothing."""
+    if num_stages == 1:
+        return {}
+    before, after = (stage_index - 1) % num_stages, (stage_index + 1) % num_stages
+    return {f"{before}->{stage_index}": {"none": ""}, f"{stage_index}->{after}": {"none": ""}}
 
 
 def main() -> None:

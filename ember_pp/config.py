@@ -433,9 +433,10 @@ class BenchJob:
     (``docs/benchmarking.md``)."""
 
     name: Literal["bench"] = "bench"
-    workload: Literal["single", "fixed", "mixed", "prefill"] = "single"
+    workload: Literal["single", "fixed", "mixed", "prefill", "handoff"] = "single"
     """``single``: one stream. ``fixed``: a batch of equal requests. ``mixed``: prompts and answers
-    of random lengths. ``prefill``: prompts with one output token each."""
+    of random lengths. ``prefill``: prompts with one output token each. ``handoff``: no requests,
+    but the time of a hop between stages, by size and path."""
     batch: int | None = None
     """Requests, all sent at once; null: 1 for ``single``, 64 for ``fixed``, 256 for ``mixed``, 8
     for ``prefill``."""
@@ -478,6 +479,11 @@ class BenchJob:
                 f"job.output_tokens: job.workload={self.workload} times tokens after the first; "
                 "give at least 2"
             )
+        for key in ("batch", "input_tokens", "output_tokens"):
+            if self.workload == "handoff" and getattr(self, key) is not None:
+                raise ConfigError(f"job.{key}: job.workload=handoff sends no requests")
+        if self.workload == "handoff" and self.compare != "none":
+            raise ConfigError(f"job.compare: {self.compare} hands nothing on; leave it out")
         if self.workload == "mixed" and self.compare != "none":
             raise ConfigError(
                 f"job.compare: {self.compare} has no scheduler for job.workload=mixed; compare "
@@ -557,7 +563,7 @@ class Config:
     plan: PlanSettings = dataclasses.field(default_factory=PlanSettings)
     profile: bool = False
     """``job=plan`` measures the model's layers on the devices first, and stores the times."""
-    handoff: Literal["auto", "host_shm"] = "auto"
+    handoff: Literal["auto", "cuda_ipc", "host_shm"] = "auto"
     """Path of hidden states between stages; ``auto`` takes the best that passes its probe."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Implementation of the model's operations: own CUDA kernels, or plain torch; ``auto`` is

@@ -75,7 +75,7 @@ class StageBytes:
     @property
     def loaded(self) -> int:
         """What is there before the KV cache is."""
-        return self.weights + self.rope
+        return self.weights + self.rope + self.rings
 
     @property
     def allocated(self) -> int:
@@ -109,8 +109,8 @@ def stage_bytes(
 ) -> StageBytes:
     """All that a stage of ``num_layers`` layers holds, but for its KV cache.
 
-    On a GPU, slots of an edge (path ``host_shm``) are in host memory and not counted; tables and
-    inputs of captured steps are small, and within what is set aside for graphs.
+    Slots of an edge are counted where its path is the best for the device: on a GPU ``cuda_ipc``.
+    There, tables and inputs of captured steps are small, and within what is set aside for graphs.
     """
     element, vocabulary = settings.bytes_per_element, partition.head_parameters(cfg)
     is_shared = is_first and is_last and cfg.tie_word_embeddings
@@ -121,7 +121,7 @@ def stage_bytes(
         lm_head=vocabulary * element if is_last and not is_shared else 0,
         rope=settings.max_model_len * cfg.head_dim * _ITEM_BYTES["float32"] if num_layers else 0,
         tables=_table_bytes(settings, is_first=is_first) if is_cpu else 0,
-        rings=ring_bytes(cfg, settings, is_first=is_first, is_last=is_last) if is_cpu else 0,
+        rings=ring_bytes(cfg, settings, is_first=is_first, is_last=is_last),
         activations=activation_bytes(
             cfg, settings.max_tokens_per_plan, settings.max_sequences if is_last else 0
         ),
@@ -148,7 +148,7 @@ def ring_bytes(cfg: ModelConfig, settings: StageSettings, *, is_first: bool, is_
     if is_first:
         num_slots *= 2
         num_rows = min(settings.max_sequences, settings.max_tokens_per_plan)
-        slot_bytes = num_rows * _ITEM_BYTES["int32"]
+        slot_bytes = num_rows * 2 * _ITEM_BYTES["int32"]
     flags = _round_to_page(_PAGE_BYTES + _FLAGS_BYTES * num_slots)
     return flags + num_slots * _round_to_page(slot_bytes)
 

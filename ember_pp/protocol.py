@@ -296,7 +296,7 @@ class StageProgress(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageReady(Message):
-    """Weights are loaded and the incoming ring is made; waits for ``Start``."""
+    """Weights are loaded and both ends of edges are made; waits for ``Start``."""
 
     TAG: ClassVar[str] = "stage_ready"
     epoch: int
@@ -304,8 +304,9 @@ class StageReady(Message):
     num_blocks: int
     """KV blocks that fit beside the weights."""
     handle: dict[str, Any]
-    """How the stage before opens this stage's incoming ring: for the first stage, the last one
-    its feedback ring. Empty with a single stage."""
+    """How its neighbours reach its ends: ``receiver`` for the stage before, ``sender`` for the
+    stage after, each a map from path to that path's handle, the best first. Stages form a circle:
+    the last sends its feedback to the first. Empty with a single stage."""
     weight_bytes: int
     block_bytes: int
     """KV bytes of one block on this stage."""
@@ -314,11 +315,14 @@ class StageReady(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageStarted(Message):
-    """The KV cache is allocated and the neighbours' rings are open."""
+    """The KV cache is allocated and the neighbours' ends are open."""
 
     TAG: ClassVar[str] = "stage_started"
     epoch: int
     stage_index: int
+    paths: dict[str, Any]
+    """For each of its edges, e.g. ``0->1``, a map from path, the best first, to why this stage
+    cannot use it; empty text: it can."""
 
 
 @_register
@@ -444,23 +448,29 @@ class StageConfig(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class Start(Message):
-    """The agreed block count, and how to reach the next stage."""
+    """The agreed block count, and how to reach the neighbours."""
 
     TAG: ClassVar[str] = "start"
     epoch: int
     num_blocks: int
     next_handle: dict[str, Any]
     """The next stage's ``StageReady.handle``; the first stage's for the last."""
+    previous_handle: dict[str, Any]
+    """The one before's; the last stage's for the first."""
 
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class Probe(Message):
-    """Send (or expect) a pattern over this edge and compare bytes."""
+    """Send (or expect) a pattern over this edge by this path, and compare bytes.
+
+    An edge uses the path of its last probe.
+    """
 
     TAG: ClassVar[str] = "probe"
     epoch: int
     edge: str
+    path: str
     seed: int
 
 

@@ -262,7 +262,46 @@ def step(card: Card) -> None:
             drawn = card.put(torch.arange(num_rows) - 1)
             card.ops.end_step(drawn, state.sample_slots[:num_rows], state)
             card.ops.end_step(drawn[:0], state.sample_slots[:0], state)
+            for dtype, width in itertools.product(DTYPES, (1, 33, 264)):
+                residual, added = (card.random(3, width, dtype=dtype) for _ in range(2))
+                output = card.empty(3, width, dtype=dtype)
+                card.ops.leave_stage(residual, added, output, state)
+                card.ops.leave_stage(residual, None, output, state)
             torch.cuda.synchronize()  # before the words go
+
+
+def handoff(card: Card) -> None:
+    """Both ends of an edge in one process: no flag is waited for. Messages of no token, of one,
+    and of more words than the grid has threads; pairs whose index lies outside."""
+    counter, flag = (card.put(torch.zeros(1, dtype=torch.int32)) for _ in range(2))
+    tag = card.put(torch.zeros(2, dtype=torch.int64))
+    fault, times = (torch.zeros(5, dtype=torch.int64).pin_memory() for _ in range(2))
+    at = times.data_ptr()
+    for word, size in (("uint4", 16), ("u32", 4), ("unsigned short", 2)):
+        send = card.kernels.get(
+            "handoff.cuh", f"send_slot_kernel<{word}>", "PPqPqqPIPPP", overlaps=False
+        )
+        take = card.kernels.get(
+            "handoff.cuh", f"take_slot_kernel<{word}>", "PPqPqqPIPPP", overlaps=False
+        )
+        for num_words in (0, 1, 1025, 3 * 1024):
+            message, slot, output = (
+                card.put(torch.zeros(max(1, num_words) * size, dtype=torch.uint8)) for _ in range(3)
+            )
+            end = (tag.data_ptr(), 7, num_words, flag.data_ptr(), 9, counter.data_ptr())
+            sent = (message.data_ptr(), slot.data_ptr(), num_words, *end, at, at + 8)
+            taken = (slot.data_ptr(), output.data_ptr(), num_words, *end, at, fault.data_ptr())
+            send.launch((2, 1), 256, sent)
+            take.launch((2, 1), 256, taken)
+            take.launch((1, 1), 256, (*taken[:5], -1, *taken[6:9], 0, taken[10]))
+    pairs = card.put(torch.tensor([[0, 5], [-1, 6], [4, 7], [3, 8]], dtype=torch.int32))
+    target = card.put(torch.zeros(4, dtype=torch.int64))
+    take = card.kernels.get("handoff.cuh", "take_pairs_kernel", "PPqPqqPIPP", overlaps=False)
+    ends = (tag.data_ptr(), 7, 4, flag.data_ptr(), 9, at, fault.data_ptr())
+    take.launch((1, 1), 256, (pairs.data_ptr(), target.data_ptr(), 4, *ends))
+    write_time = card.kernels.get("handoff.cuh", "write_time_kernel", "P", overlaps=False)
+    write_time.launch((1, 1), 32, (at,))
+    torch.cuda.synchronize()  # before the pinned memory goes
 
 
 def read_bandwidth(card: Card) -> None:
@@ -278,6 +317,7 @@ def read_bandwidth(card: Card) -> None:
 
 CASES: dict[str, Callable[[Card], None]] = {
     "embedding.cuh": embedding,
+    "handoff.cuh": handoff,
     "paged_decode.cuh": paged_decode,
     "paged_prefill.cuh": paged_prefill,
     "paged_prefill_wgmma.cuh": paged_prefill_wgmma,

@@ -430,6 +430,7 @@ class Coordinator:
             "replicas": len(self._pipelines),
             **counts,
             "edges": parts[0]["edges"],
+            "edge_reasons": parts[0]["edge_reasons"],
             "stages": [stage for part in parts for stage in part["stages"]],
         }
 

@@ -124,7 +124,12 @@ class Pipeline:
             for stage in self.supervisor.stages
         ]
         counts = {} if self.scheduler is None else self.scheduler.stats()
-        return {"counts": counts, "stages": stages, "edges": dict(self.supervisor.edges)}
+        return {
+            "counts": counts,
+            "stages": stages,
+            "edges": self.supervisor.edges,
+            "edge_reasons": self.supervisor.edge_reasons,
+        }
 
     def _open_scheduler(self) -> None:
         config, plan_cost = self._config, self._preparation.plan_cost

@@ -3,8 +3,9 @@
 The life of one epoch, as messages (``docs/protocol.md``)::
 
     every stage:   start -> StageHello -> StageConfig -> StageProgress* -> StageReady
-    all ready:     Start (agreed number of blocks, the next stage's handle) -> StageStarted
-    all started:   Probe to both ends of every edge, feedback last -> ProbeReport
+    all ready:     Start (agreed number of blocks, the neighbours' handles) -> StageStarted
+    all started:   Probe to both ends of every edge, feedback last -> ProbeReport; again with the
+                   next path for an edge whose probe failed (``edge_choice.py``)
     all probed:    the pipeline takes plans
 
 The supervisor is driven by the coordinator's loop: ``handle`` for each message, ``check`` when
@@ -24,13 +25,13 @@ from typing import Any
 from ember_pp import config as configuration
 from ember_pp import protocol
 from ember_pp.config import Config
+from ember_pp.coordinator.edge_choice import EdgeChoice, EdgeProbe
 from ember_pp.coordinator.launcher import Launcher, StageProcess, end_all
 from ember_pp.coordinator.preparation import Preparation
 from ember_pp.errors import (
     CapacityError,
     DeadlineExceededError,
     EmberError,
-    HandoffError,
     ProtocolError,
     StageDiedError,
     StageFailedError,
@@ -110,9 +111,7 @@ class Supervisor:
         self._router = router
         self._launcher = launcher
         self._deadline_s = time.monotonic() + config.coordinator.start_timeout_s
-        self._edges_to_report: set[tuple[str, int]] = set()
-        self.edges: dict[str, str] = {}
-        """Path of each edge that passed its probe, e.g. ``{"0->1": "host_shm"}``."""
+        self._edge_choice = EdgeChoice(0)
         self.unread: list[tuple[bytes, protocol.Message | ProtocolError]] = []
         """What stages had sent when one was found dead, and nobody has looked at yet."""
         self.num_blocks = 0
@@ -123,6 +122,16 @@ class Supervisor:
     def is_ready(self) -> bool:
         """True once every stage takes plans."""
         return bool(self.stages) and all(stage.phase is Phase.READY for stage in self.stages)
+
+    @property
+    def edges(self) -> dict[str, str]:
+        """Path of each edge that passed its probe, e.g. ``{"0->1": "cuda_ipc"}``."""
+        return dict(self._edge_choice.chosen)
+
+    @property
+    def edge_reasons(self) -> dict[str, str]:
+        """Why each of ``edges`` has its path: what was found of better ones."""
+        return self._edge_choice.reasons
 
     @property
     def phase(self) -> Phase:
@@ -180,9 +189,9 @@ class Supervisor:
                 self._start_when_all_loaded()
             case protocol.StageStarted():
                 stage.phase = Phase.STARTED
-                self._probe_when_all_started()
+                self._probe(self._edge_choice.add(stage.stage_index, message.paths))
             case protocol.ProbeReport():
-                self._on_probe_report(message)
+                self._probe(self._edge_choice.report(message))
             case protocol.StageStats():
                 stage.stats = message
             case protocol.StageFailed():
@@ -267,9 +276,10 @@ class Supervisor:
         limiting = min(reports, key=lambda report: report.num_blocks)
         self.num_blocks = limiting.num_blocks
         self._check_capacity(limiting)
-        handles = [report.handle for report in (*reports[1:], reports[0])]  # feedback: to stage 0
-        for stage, next_handle in zip(self.stages, handles, strict=True):
-            start = protocol.Start(EPOCH, self.num_blocks, next_handle)
+        self._edge_choice = EdgeChoice(len(self.stages))
+        for index, stage in enumerate(self.stages):  # in a circle: feedback goes to stage 0
+            neighbours = reports[(index + 1) % len(reports)].handle, reports[index - 1].handle
+            start = protocol.Start(EPOCH, self.num_blocks, *neighbours)
             self._send(stage, protocol.encode(start))
 
     def _check_capacity(self, limiting: protocol.StageReady) -> None:
@@ -288,35 +298,18 @@ class Supervisor:
                 *(tokens, limiting.stage_index, self._preparation.max_model_len),
             )
 
-    def _probe_when_all_started(self) -> None:
-        if any(stage.phase is not Phase.STARTED for stage in self.stages):
-            return
-        receivers = (*self.stages[1:], self.stages[0])
-        pairs = list(zip(self.stages, receivers, strict=True)) if len(self.stages) > 1 else []
-        for sender, receiver in pairs:  # every stage takes its edges in this order: no deadlock
-            edge = f"{sender.stage_index}->{receiver.stage_index}"
-            probe = protocol.encode(protocol.Probe(EPOCH, edge, secrets.randbits(32)))
-            for end in (receiver, sender):
-                self._edges_to_report.add((edge, end.stage_index))
-                self._send(end, probe)
-        self._finish_when_all_probed()
-
-    def _on_probe_report(self, report: protocol.ProbeReport) -> None:
-        if not report.is_ok:
-            raise HandoffError(
-                f"edge {report.edge} failed its probe over {report.path}: {report.text}"
-            )
-        self._edges_to_report.discard((report.edge, report.stage_index))
-        self.edges[report.edge] = report.path
-        self._finish_when_all_probed()
-
-    def _finish_when_all_probed(self) -> None:
-        if self._edges_to_report:
-            return
-        for stage in self.stages:
-            stage.phase = Phase.READY
-        for edge, path in self.edges.items():
-            logger.info("edge %s: %s (probe passed)", edge, path)
+    def _probe(self, probes: list[EdgeProbe]) -> None:
+        for probe in probes:
+            seed = secrets.randbits(32)
+            packed = protocol.encode(protocol.Probe(EPOCH, probe.edge, probe.path, seed))
+            for index in (probe.receiver_index, probe.sender_index):
+                self._send(self.stages[index], packed)
+        if self._edge_choice.is_done and self.phase is Phase.STARTED:
+            for stage in self.stages:
+                stage.phase = Phase.READY
+            level = logging.WARNING if self._edge_choice.has_fallen_back else logging.INFO
+            for edge, path in self.edges.items():
+                logger.log(level, "edge %s: %s (%s)", edge, path, self.edge_reasons[edge])
 
     def _death_of(self, stage: StageState, status: int | None) -> EmberError:
         # Its last words may still be in the socket, and say more than an exit status.

@@ -35,7 +35,8 @@ _RMS_NORM_PACKS = 8
 _SWIGLU_THREADS = 256
 _ROPE_THREADS = 128
 _BEGIN_THREADS, _END_THREADS = 1024, 256
-_BEGIN_STEP = "Pq7i0P13P3i0P"
+_LEAVE_THREADS = 256
+_BEGIN_STEP = "Pq7i0P14P3i0P"
 """The structures ``PlanWords`` and ``StepState`` of ``step.cuh``."""
 
 
@@ -296,7 +297,7 @@ class CudaOps:
 
     def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
         """One thread block."""
-        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPPPii")
+        kernel = self._kernels.get("step.cuh", "end_step_kernel", "PPPPPPPPii")
         output = torch.empty_like(drawn, dtype=torch.int32)
         last_tokens = state.last_tokens
         arguments = (
@@ -304,12 +305,37 @@ class CudaOps:
             slots.contiguous().data_ptr(),
             0 if last_tokens is None else last_tokens.data_ptr(),
             output.data_ptr(),
+            state.feedback.data_ptr(),
             state.turn_and_mark.data_ptr(),
             state.results.data_ptr(),
+            state.records.data_ptr(),
             len(drawn),
             state.results.shape[1],
         )
         kernel.launch((1, 1), _END_THREADS, arguments)
+        return output
+
+    def leave_stage(
+        self, residual: Tensor, added: Tensor | None, output: Tensor, state: StepState
+    ) -> Tensor:
+        """A pack of elements for each thread, up to some thread blocks per multiprocessor."""
+        tensors = [residual, output] if added is None else [residual, added, output]
+        count = _access_bytes(output.shape[1] * output.itemsize, *tensors) // output.itemsize
+        kernel = self._kernels.get(
+            "step.cuh", f"leave_stage_kernel<{_ELEMENTS[output.dtype]}, {count}>", "PPPPPq"
+        )
+        num_packs = output.numel() // count
+        arguments = (
+            residual.data_ptr(),
+            0 if added is None else added.data_ptr(),
+            output.data_ptr(),
+            state.turn_and_mark.data_ptr(),
+            state.records.data_ptr(),
+            num_packs,
+        )
+        most = 8 * self._kernels.num_multiprocessors
+        num_blocks = max(1, min(-(-num_packs // _LEAVE_THREADS), most))
+        kernel.launch((num_blocks, 1), _LEAVE_THREADS, arguments)
         return output
 
 

@@ -7,7 +7,6 @@ the buffer is used again; a stream that is being captured takes the launch into 
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ import torch
 
 from ember_pp.errors import KernelLaunchError
 from ember_pp.kernels.build import Binary
+from ember_pp.kernels.driver import LaunchAttribute, LaunchConfig, driver, error_text
 
 # Of the driver API's header, cuda.h.
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0
@@ -24,29 +24,6 @@ _DEFAULT_SHARED_BYTES = 32 * 1024
 """Dynamic shared memory that is there unasked: 48 KiB less what a kernel has beside it."""
 _OVERLAP_FROM = 90
 """Compute capability, times ten, from which a kernel may start before the one before ends."""
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """``CUlaunchAttribute``."""
-
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
-
-
-class _LaunchConfig(ctypes.Structure):
-    """``CUlaunchConfig``."""
-
-    _fields_ = (
-        ("grid_x", ctypes.c_uint),
-        ("grid_y", ctypes.c_uint),
-        ("grid_z", ctypes.c_uint),
-        ("block_x", ctypes.c_uint),
-        ("block_y", ctypes.c_uint),
-        ("block_z", ctypes.c_uint),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_LaunchAttribute)),
-        ("num_attributes", ctypes.c_uint),
-    )
 
 
 class Kernel:
@@ -79,15 +56,15 @@ class Kernel:
             ctypes.addressof(self._size),
             _PARAM_END,
         )
-        self._config = _LaunchConfig(grid_z=1, block_y=1, block_z=1)
+        self._config = LaunchConfig(grid_z=1, block_y=1, block_z=1)
         can_overlap = capability(device) >= _OVERLAP_FROM
         if overlaps and can_overlap:
-            self._attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+            self._attribute = LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
             self._attribute.value[0] = 1
             self._config.attributes = ctypes.pointer(self._attribute)
             self._config.num_attributes = 1
         self._config_pointer = ctypes.byref(self._config)
-        self._launch: Callable[..., int] = _driver().cuLaunchKernelEx
+        self._launch: Callable[..., int] = driver().cuLaunchKernelEx
         self._most_shared_bytes = _DEFAULT_SHARED_BYTES
         # Kernels that overlap share a multiprocessor, whose split into cache and shared memory
         # cannot change while one runs: the same split for all.
@@ -119,16 +96,16 @@ class Kernel:
         if status:
             raise KernelLaunchError(
                 f"{self._name}: the driver refused to launch grid {grid}, block {block}, "
-                f"{shared_bytes} bytes of shared memory: {_error_text(status)}"
+                f"{shared_bytes} bytes of shared memory: {error_text(status)}"
             )
 
     def _set_attribute(self, attribute: int, value: int) -> None:
         arguments = attribute, value, self._function, self._device_index
-        status = _driver().cuKernelSetAttribute(*arguments)
+        status = driver().cuKernelSetAttribute(*arguments)
         if status:
             raise KernelLaunchError(
                 f"{self._name}: the driver refused attribute {attribute} = {value}: "
-                f"{_error_text(status)}"
+                f"{error_text(status)}"
             )
 
 
@@ -136,14 +113,3 @@ def capability(device: torch.device) -> int:
     """Compute capability times ten: 90 on an H100."""
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _error_text(status: int) -> str:
-    text = ctypes.c_char_p()
-    _driver().cuGetErrorString(status, ctypes.byref(text))
-    return f"{(text.value or b'unknown error').decode()} ({status})"

@@ -139,6 +139,11 @@ class Backend(Protocol):
     def end_step(self, drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
         """See ``Ops.end_step``."""
 
+    def leave_stage(
+        self, residual: Tensor, added: Tensor | None, output: Tensor, state: StepState
+    ) -> Tensor:
+        """See ``Ops.leave_stage``."""
+
 
 class Ops:
     """The operations of the model on one device; arguments are checked by name."""
@@ -522,6 +527,7 @@ class Ops:
 
         ``state.results[turn, 2:]`` becomes ``drawn``, then the mark of the plan is written before
         it. Where there is ``state.last_tokens``, ``last_tokens[slots[n]] = max(drawn[n], 0)``.
+        ``state.feedback[n]`` becomes the pair ``(slots[n], max(drawn[n], 0))``.
 
         Shapes:
             drawn:    [N] int64   negative where nothing could be drawn; N may be 0
@@ -540,6 +546,32 @@ class Ops:
                 f"drawn: expected at most {state.max_rows} rows, got {len(drawn)}"
             )
         return self._backend.end_step(drawn, slots, state)
+
+    def leave_stage(
+        self, residual: Tensor, added: Tensor | None, output: Tensor, state: StepState
+    ) -> Tensor:
+        """``output = residual + added``, rounded: what a stage hands on. Notes the time.
+
+        Shapes:
+            residual:  [T, D]   contiguous, bf16 or fp32
+            added:     [T, D]   contiguous; None: nothing
+            output:    [T, D]   contiguous; returned
+
+        Raises:
+            KernelArgumentError: a shape, dtype, device or layout differs from the above.
+        """
+        _check_dims("output", output, 2)
+        for name, tensor in (("residual", residual), ("added", added), ("output", output)):
+            if tensor is None:
+                continue
+            _check(name, tensor, output.shape, output.dtype, state.slots.device)
+            if not tensor.is_contiguous():
+                raise KernelArgumentError(
+                    f"{name}: expected contiguous, got stride {tensor.stride()}"
+                )
+        if output.dtype not in (torch.bfloat16, torch.float32):
+            raise KernelArgumentError(f"output: expected bf16 or fp32, got {output.dtype}")
+        return self._backend.leave_stage(residual, added, output, state)
 
 
 def _check_logits(logits: Tensor) -> None:

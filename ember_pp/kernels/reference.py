@@ -11,6 +11,7 @@ S block size, V vocabulary, I intermediate, Q new tokens of a row, L context.
 from __future__ import annotations
 
 import contextlib
+import time
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name for it
@@ -21,7 +22,7 @@ from ember_pp.kernels import sampling
 from ember_pp.kernels.paged_rows import PagedRows, RowGroup
 from ember_pp.kernels.rope_rows import RopeRows
 from ember_pp.kernels.slot_params import SlotParams
-from ember_pp.kernels.step_state import PlanWords, StepState
+from ember_pp.kernels.step_state import BEGAN, INPUT_WAIT, OUTPUT_WAIT, PlanWords, StepState
 
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -207,6 +208,7 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tenso
 
 def begin_step(plan: PlanWords, state: StepState) -> None:
     """A loop over the rows of the plan."""
+    state.records[plan.turn, BEGAN] = time.monotonic_ns()
     words = plan.words.tolist()
     blocks_at, ids_at = 4 * plan.num_rows, 4 * plan.num_rows + 3 * plan.num_new_blocks
     for i in range(plan.num_new_blocks):
@@ -244,6 +246,7 @@ def begin_step(plan: PlanWords, state: StepState) -> None:
         elif state.last_tokens is not None:
             state.token_ids[begin] = state.last_tokens[slot]
         begin = end
+    state.records[plan.turn, INPUT_WAIT] = time.monotonic_ns()
 
 
 def end_step(drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
@@ -251,7 +254,17 @@ def end_step(drawn: Tensor, slots: Tensor, state: StepState) -> Tensor:
     if state.last_tokens is not None:
         is_row = slots >= 0
         state.last_tokens[slots[is_row].long()] = drawn[is_row].clamp(min=0)
+    state.feedback[: len(drawn), 0] = slots
+    state.feedback[: len(drawn), 1] = drawn.clamp(min=0).to(torch.int32)
     turn, mark = state.turn_and_mark.tolist()
+    state.records[turn, OUTPUT_WAIT] = time.monotonic_ns()
     state.results[turn, 2 : 2 + len(drawn)] = drawn.to(torch.int32)
     state.results[turn, :2].view(torch.int64)[0] = mark
     return drawn.to(torch.int32)
+
+
+def leave_stage(residual: Tensor, added: Tensor | None, output: Tensor, state: StepState) -> Tensor:
+    """``residual + added``, as torch adds."""
+    output.copy_(residual) if added is None else torch.add(residual, added, out=output)
+    state.records[int(state.turn_and_mark[0]), OUTPUT_WAIT] = time.monotonic_ns()
+    return output

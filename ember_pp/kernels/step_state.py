@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 _MARK_WORDS = 2
+RECORD_WORDS = 8
+BEGAN, INPUT_WAIT, OUTPUT_WAIT = 2, 3, 5
+"""Words of a plan's record that a step writes itself; the hand-off writes others."""
 
 
 class PlanWords(NamedTuple):
@@ -81,6 +84,11 @@ class StepState:
     """[R] int64 index in its sequence of the token to be drawn; padding 0."""
     turn_and_mark: Tensor
     """[2] int64 of the step."""
+    feedback: Tensor
+    """[R, 2] int32 pairs (slot, token) that ``end_step`` drew: negative tokens as 0."""
+    records: Tensor
+    """[P, 8] int64 on the host, pinned for a GPU: when the device did what of a plan, in ns of its
+    own clock; ``PlanTimes`` in ``stage/timing.py`` names the words."""
     results: Tensor
     """[P, 2 + R] int32 on the host, pinned for a GPU: the mark of a plan as int64, then the
     tokens that it drew. One word more where R is odd, so that every mark is aligned."""
@@ -119,6 +127,10 @@ class StepState:
             sample_slots=full(-1, max_rows),
             sample_positions=full(0, max_rows, dtype=long),
             turn_and_mark=full(0, 2, dtype=long),
+            feedback=full(0, max_rows, 2),
+            records=torch.zeros(
+                (max_pending, RECORD_WORDS), dtype=long, pin_memory=device.type == "cuda"
+            ),
             results=torch.zeros(
                 (max_pending, _MARK_WORDS + max_rows + max_rows % 2),
                 dtype=torch.int32,
@@ -128,10 +140,10 @@ class StepState:
 
     @functools.cached_property
     def pointers(self) -> tuple[int, ...]:
-        """Addresses of ``block_table``, ``last_tokens`` (0: none) and ``expanded``."""
+        """Addresses of ``block_table``, ``last_tokens`` (0: none), ``expanded``, ``records``."""
         last_tokens = 0 if self.last_tokens is None else self.last_tokens.data_ptr()
-        expanded = (tensor.data_ptr() for tensor in self.expanded)
-        return self.block_table.data_ptr(), last_tokens, *expanded
+        tensors = (tensor.data_ptr() for tensor in (*self.expanded, self.records))
+        return self.block_table.data_ptr(), last_tokens, *tensors
 
     @functools.cached_property
     def max_rows(self) -> int:

@@ -1,10 +1,11 @@
 """A stage's steps at fixed addresses and padded sizes, so that CUDA graphs can replay them.
 
-Nothing here waits for the device or copies to it. A plan begins with one launch, which expands its
-rows on the device; then, on the last stage, plans without chunks do layers, head and draw in one
-graph. Plans with chunks have one graph by their number of tokens for the layers, another by the
-number of rows that sample for head and draw, so that few sizes of each exist. Where sampling needs
-more than its tables (penalties, log-probabilities), head and draw are not captured.
+Nothing here waits for the device or copies to it. What comes from other stages and goes to them is
+received and sent beside the graphs (``captured_runner.py``). A plan begins with one launch, which
+expands its rows on the device; then, on the last stage, plans without chunks do layers, head and
+draw in one graph. Plans with chunks have one graph by their number of tokens for the layers,
+another by the number of rows that sample for head and draw, so that few sizes of each exist. Where
+sampling needs more than its tables (penalties, log-probabilities), head and draw are not captured.
 
 Shape letters: T tokens, R rows, N rows that sample, D hidden, V vocabulary.
 """
@@ -148,9 +149,9 @@ class CapturedSteps:
         self._ops.begin_step(self._writer.write(plan, rows, shape.num_tokens), self.state)
         return Step(rows, shape)
 
-    def receive(self, hidden_states: Tensor) -> None:
-        """Take in what the previous stage handed on, [T, D]; it may then be given back."""
-        self._received[: len(hidden_states)] = hidden_states
+    def received(self, num_tokens: int) -> Tensor:
+        """[T, D] where the step reads what the previous stage hands on."""
+        return self._received[:num_tokens]
 
     def hidden_states(self, step: Step, on_layer: OnLayer | None) -> Tensor:
         """[T, D] to be handed to the next stage; good until the next step.
@@ -232,9 +233,7 @@ class CapturedSteps:
     def _hidden_states(self, shape: StepShape, on_layer: OnLayer | None) -> Tensor:
         output = self._layers(shape, on_layer)
         leaving = self._leaving[0, : shape.num_tokens]
-        if output.added is None:
-            return leaving.copy_(output.residual)
-        return torch.add(output.residual, output.added, out=leaving)
+        return self._ops.leave_stage(output.residual, output.added, leaving, self.state)
 
     def _layers(self, shape: StepShape, on_layer: OnLayer | None) -> LayerOutput:
         view = self._view(shape)

@@ -1,8 +1,7 @@
 """Newest token of each slot on stage 0: where the inputs of decode rows come from.
 
-The last stage sends the token ids that each plan drew back to stage 0 (*feedback*), in plan
-order. Which slots they belong to is not sent: stage 0 has executed the plan itself and
-remembers, here, which of its slots sampled.
+The last stage sends the tokens that each plan drew back to stage 0 (*feedback*), in plan order, as
+pairs (slot, token). Stage 0 knows how many: it has executed the plan itself.
 
 Why a late feedback never reaches a new owner of its slot: let ``p`` be a plan that sampled for
 the old owner, and ``q`` the plan that opens the slot again, so ``p < q``. The new owner's first
@@ -15,6 +14,7 @@ Nothing reads the slot's token before ``t``, whatever is in it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -28,11 +28,10 @@ from ember_pp.stage.input_batch import BatchInputs
 class TokenSource(Protocol):
     """What is needed of the feedback edge's ``handoff.Receiver``."""
 
-    def receive(self, plan: int, num_tokens: int) -> Tensor:
-        """[num_tokens, 1] int32, valid until ``release``."""
-
-    def release(self, plan: int) -> None:
-        """The tokens of ``plan`` have been read."""
+    def receive_pairs(
+        self, plan: int, num_pairs: int, target: Tensor, *, ready_at: int = 0, at: int = 0
+    ) -> None:
+        """``target[slot] = token`` for all pairs of ``plan``; the others: see ``Receiver``."""
 
 
 class LastTokens:
@@ -41,8 +40,6 @@ class LastTokens:
     Args:
         max_slots: slots are ``0 .. max_slots - 1``.
         device: of stage 0.
-        source: the feedback edge; None with a single stage, which calls ``put`` itself, or whose
-            captured steps write ``tokens``.
         max_in_flight: plans in the pipeline at once. The feedback of plan ``p - max_in_flight``
             was sent before plan ``p`` was made. It is taken at ``p`` even if nothing needs it
             yet, so at most ``max_in_flight`` are ever left in the ring of twice as many slots,
@@ -50,18 +47,18 @@ class LastTokens:
     """
 
     def __init__(
-        self,
-        max_slots: int,
-        device: torch.device | str = "cpu",
-        *,
-        source: TokenSource | None,
-        max_in_flight: int,
+        self, max_slots: int, device: torch.device | str = "cpu", *, max_in_flight: int
     ) -> None:
         self._token_ids = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self._device = torch.device(device)
-        self._source = source
+        self._source: TokenSource | None = None
         self._max_in_flight = max_in_flight
-        self._expected: deque[tuple[int, Tensor]] = deque()
+        self._expected: deque[tuple[int, int]] = deque()
+
+    def connect(self, source: TokenSource | None) -> None:
+        """Take feedback from ``source`` from now on. None: a single stage, which calls ``put``
+        itself, or whose captured steps write ``tokens``. What was expected of another is not."""
+        self._source = source
+        self._expected.clear()
 
     @property
     def tokens(self) -> Tensor:
@@ -74,55 +71,51 @@ class LastTokens:
 
         Waits for the feedback that they need. Called once for each plan, in order.
 
-        Raises: as ``await_feedback``.
+        Raises: as ``due``, and as ``take``.
         """
-        self.await_feedback(execute, inputs.num_decode_rows)
+        self.take(self.due(execute, inputs.num_decode_rows))
         if inputs.num_decode_rows:
             inputs.token_ids[: inputs.num_decode_rows] = self._token_ids[inputs.decode_slots]
-        if len(inputs.sample_slots) == inputs.num_decode_rows:
-            self.expect(execute.plan, inputs.decode_slots)
-        else:
-            self.expect(execute.plan, torch.tensor(inputs.sample_slots, dtype=torch.int64))
+        self.expect(execute.plan, len(inputs.sample_slots))
 
-    def await_feedback(self, execute: Execute, num_decode_rows: int) -> None:
-        """Take the feedback that a plan's decode rows need, and wait for it.
+    def due(self, execute: Execute, num_decode_rows: int) -> list[tuple[int, int]]:
+        """The feedback to be taken before a plan, as (plan, number of tokens).
 
         Raises:
-            ProtocolError: the plan needs feedback that cannot have come before it, or the last
-                stage has sent something else than what is due.
-            HandoffError: the edge was closed.
+            ProtocolError: the plan needs feedback that cannot have come before it.
         """
         if num_decode_rows and not 0 <= execute.feedback < execute.plan:
             raise ProtocolError(
                 f"plan {execute.plan}, micro-batch {execute.microbatch}: feedback: plan "
                 f"{execute.feedback} cannot have drawn the inputs of decode rows"
             )
-        self._receive(max(execute.feedback, execute.plan - self._max_in_flight))
+        newest = max(execute.feedback, execute.plan - self._max_in_flight)
+        due = []
+        while self._expected and self._expected[0][0] <= newest:
+            due.append(self._expected.popleft())
+        return due
 
-    def expect(self, plan: int, slots: Tensor) -> None:
-        """``put`` will bring the tokens that ``plan`` draws for ``slots``, [N] int64."""
-        if slots.device != self._device:
-            slots = slots.pin_memory().to(self._device, non_blocking=True)
-        self._expected.append((plan, slots))
+    def take(self, due: Sequence[tuple[int, int]], *, ready_at: int = 0, at: int = 0) -> None:
+        """Take what is ``due``; waits for it.
 
-    def put(self, plan: int, token_ids: Tensor) -> None:
-        """The tokens that ``plan`` drew, [N] of any integer dtype, in the order of its rows.
+        Args:
+            due: as it was returned.
+            ready_at, at: of all together, as in ``Receiver.receive_pairs``.
 
         Raises:
-            ProtocolError: not the plan that is due, or not its number of tokens.
+            ProtocolError: the last stage has sent something else.
+            HandoffError: the edge was closed.
         """
-        due = (self._expected[0][0], len(self._expected[0][1])) if self._expected else None
-        if due != (plan, len(token_ids)):
-            raise ProtocolError(
-                f"feedback: {len(token_ids)} token ids of plan {plan}; due are (plan, token ids) "
-                f"{due}"
-            )
-        _, slots = self._expected.popleft()
-        self._token_ids[slots] = token_ids.to(torch.int64)
+        for index, (plan, num_tokens) in enumerate(due):
+            assert self._source is not None, "it says what is due"
+            times = {"ready_at": 0 if index else ready_at, "at": 0 if due[index + 1 :] else at}
+            self._source.receive_pairs(plan, num_tokens, self._token_ids, **times)
 
-    def _receive(self, newest: int) -> None:
-        """Take the feedback of all plans up to ``newest``."""
-        while self._source is not None and self._expected and self._expected[0][0] <= newest:
-            plan, slots = self._expected[0]
-            self.put(plan, self._source.receive(plan, len(slots))[:, 0])
-            self._source.release(plan)
+    def expect(self, plan: int, num_tokens: int) -> None:
+        """The last stage will send so many tokens of ``plan``; with a single one, nothing."""
+        if self._source is not None:
+            self._expected.append((plan, num_tokens))
+
+    def put(self, slots: Tensor, token_ids: Tensor) -> None:
+        """What a single stage drew itself, [N] int64 each."""
+        self._token_ids[slots] = token_ids

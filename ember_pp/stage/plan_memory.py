@@ -1,7 +1,8 @@
 """Memory that the host and the device share for plans: their rows one way, their tokens the other.
 
-Both are pinned, so that kernels read and write them without a copy. The host writes with plain
-stores and reads a mark to see that a plan is done: neither calls the driver.
+All of it is pinned, so that kernels read and write it without a copy. The host writes with plain
+stores and reads a mark to see that a plan is done: neither calls the driver. On a stage that hands
+on to another, the mark is the last time in the plan's record.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ember_pp.kernels import PlanWords, StepState
+from ember_pp.kernels.step_state import RECORD_WORDS
 from ember_pp.stage.slots import PlanRows
+from ember_pp.stage.timing import PlanTimes
 
 _POLL_S = 20e-6
 _POLLS_PER_CHECK = 512
@@ -146,6 +149,55 @@ class TokenReader:
         start = plan % self._max_pending * self._row_bytes
         memory = self._memory[start : start + self._row_bytes]
         return PendingTokens(memory, plan + 1, num_tokens, self._stream)
+
+
+class PlanRecords:
+    """When the device did what of the plans that are not done, written by the device itself.
+
+    Args:
+        records: ``StepState.records``; a plan has the row of its turn.
+    """
+
+    def __init__(self, records: Tensor) -> None:
+        self._records = records  # the memory is theirs
+        self._memory = _memory_of(records).cast("q")
+        self._stream = torch.cuda.current_stream() if records.is_pinned() else None
+        self._num_polls = 0
+
+    @property
+    def max_pending(self) -> int:
+        """Plans that have a row at once."""
+        return len(self._records)
+
+    def open(self, plan: int) -> None:
+        """Take the row for ``plan``: the plan that had it is done, and was read."""
+        start = plan % self.max_pending * RECORD_WORDS
+        for word in range(start, start + RECORD_WORDS):
+            self._memory[word] = 0
+
+    def address(self, plan: int, word: str) -> int:
+        """Where a kernel writes one of ``PlanTimes``."""
+        index = plan % self.max_pending * RECORD_WORDS + PlanTimes._fields.index(word)
+        return self._records.data_ptr() + index * self._records.itemsize
+
+    def read(self, plan: int) -> PlanTimes:
+        """What has been written so far. Any thread."""
+        start = plan % self.max_pending * RECORD_WORDS
+        return PlanTimes(*self._memory[start : start + RECORD_WORDS])
+
+    def is_done(self, plan: int) -> bool:
+        """Whether the device is done with ``plan``; for whoever waits: now and then sees to the
+        device, too.
+
+        Raises:
+            RuntimeError: the device has failed.
+        """
+        if self._memory[(plan % self.max_pending + 1) * RECORD_WORDS - 1]:
+            return True
+        self._num_polls += 1
+        if self._num_polls % _POLLS_PER_CHECK == 0 and self._stream is not None:
+            self._stream.query()
+        return False
 
 
 def _memory_of(tensor: Tensor) -> memoryview:

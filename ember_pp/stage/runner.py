@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +26,15 @@ from ember_pp.stage.last_tokens import LastTokens
 from ember_pp.stage.model import PreparedStep, StageModel
 from ember_pp.stage.sampler import Sampler
 from ember_pp.stage.tap import Tap
+from ember_pp.stage.timing import PlanTimes
 
 
 class HiddenStatesSource(Protocol):
-    """What the runner needs of ``handoff.Receiver``."""
+    """What a runner needs of ``handoff.Receiver``; see there."""
+
+    @property
+    def waits_on_device(self) -> bool:
+        """Whether its waits are enqueued."""
 
     def receive(self, plan: int, num_tokens: int) -> Tensor:
         """[num_tokens, D], valid until ``release``."""
@@ -37,11 +42,23 @@ class HiddenStatesSource(Protocol):
     def release(self, plan: int) -> None:
         """The hidden states of ``plan`` have been read."""
 
+    def receive_into(self, plan: int, output: Tensor, *, at: int = 0) -> None:
+        """Copy them to [num_tokens, D], and give them back."""
+
+    def receive_pairs(
+        self, plan: int, num_pairs: int, target: Tensor, *, ready_at: int = 0, at: int = 0
+    ) -> None:
+        """``target[index] = value`` for all pairs of ``plan``."""
+
 
 class HiddenStatesSink(Protocol):
-    """What the runner needs of ``handoff.Sender``."""
+    """What a runner needs of ``handoff.Sender``; see there."""
 
-    def send(self, plan: int, hidden_states: Tensor) -> None:
+    @property
+    def waits_on_device(self) -> bool:
+        """Whether its waits are enqueued."""
+
+    def send(self, plan: int, hidden_states: Tensor, *, at: int = 0) -> None:
         """Hand on [T, D]."""
 
 
@@ -55,6 +72,24 @@ class StartedPlan:
     """On the last stage, the tokens that it drew; None on the others."""
 
 
+class CountedPlan(NamedTuple):
+    """A plan that the device is done with, and when it did what."""
+
+    plan: int
+    after_idle: bool
+    times: PlanTimes
+
+
+class DeviceWait(NamedTuple):
+    """A wait that is going on, on the device."""
+
+    plan: int
+    """Whose message, or whose slot, is waited for."""
+    is_for_input: bool
+    since_ns: int
+    """By the card's clock."""
+
+
 class StageRunner:
     """Runs plans on one stage, in order.
 
@@ -63,12 +98,8 @@ class StageRunner:
         model: the stage's layers.
         kv_cache: of those layers.
         slots: block tables and rosters.
-        source: hidden states from the previous stage; None on the first.
-        sink: the next stage; None on the last.
         sampler: on the last stage only.
         last_tokens: on the first stage only.
-        feedback: from the last stage to the first, [N, 1] int32; None on all others, and with
-            a single stage.
     """
 
     def __init__(
@@ -78,32 +109,69 @@ class StageRunner:
         kv_cache: KVCache,
         slots: SlotTable,
         *,
-        source: HiddenStatesSource | None,
-        sink: HiddenStatesSink | None,
         sampler: Sampler | None,
         last_tokens: LastTokens | None,
-        feedback: HiddenStatesSink | None,
     ) -> None:
-        assert (sink is None) != (sampler is None), "the last stage samples, the others hand on"
-        assert (source is None) != (last_tokens is None), "the first stage embeds tokens"
-        assert (feedback is None) == (sampler is None or source is None), "last to first"
         self._stage_index = stage_index
         self._model = model
         self._kv_cache = kv_cache
         self._slots = slots
-        self._source = source
-        self._sink = sink
         self._sampler = sampler
         self._last_tokens = last_tokens
-        self._feedback = feedback
+        self._source: HiddenStatesSource | None = None
+        """Hidden states from the previous stage; None on the first."""
+        self._sink: HiddenStatesSink | None = None
+        """The next stage; None on the last."""
+        self._feedback: HiddenStatesSink | None = None
+        """From the last stage to the first, [N, 2] int32 pairs (slot, token)."""
+
+    def connect(self, receiver: HiddenStatesSource | None, sender: HiddenStatesSink | None) -> None:
+        """Use these ends of edges from now on; None with a single stage.
+
+        Nothing may be in flight; what was and never came is forgotten.
+
+        Args:
+            receiver: of hidden states; on the first stage, of feedback.
+            sender: of hidden states; on the last stage, of feedback.
+        """
+        if self._last_tokens is not None:
+            self._last_tokens.connect(receiver)
+        else:
+            self._source = receiver
+        if self._sampler is not None:
+            self._feedback = sender
+        else:
+            self._sink = sender
 
     def warm_up(self) -> None:
         """Nothing to do before the first plan."""
 
     def start(self, execute: Execute) -> StartedPlan:
-        """As ``run``: the plan is done when this returns."""
+        """As ``run``: on a CPU the plan is done when this returns."""
         sampled = self.run(execute)
-        return StartedPlan(lambda: True, lambda: sampled)
+        if self._sink is None or not self._sink.waits_on_device:
+            return StartedPlan(lambda: True, lambda: sampled)
+        done = torch.cuda.current_stream().record_event()
+        return StartedPlan(lambda: bool(done.query()), lambda: sampled)
+
+    @property
+    def is_timed_by_device(self) -> bool:
+        """No: plans are timed by the host."""
+        return False
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether ``take_times`` will return more."""
+        return False
+
+    def take_times(self) -> list[CountedPlan]:
+        """None."""
+        return []
+
+    @property
+    def wait(self) -> DeviceWait | None:
+        """None that the device alone knows of."""
+        return None
 
     @torch.inference_mode()
     def run(self, execute: Execute) -> Sampled | None:
@@ -165,24 +233,28 @@ class StageRunner:
         tap: Tap | None,
     ) -> Sampled:
         if not inputs.sample_slots:
-            self._feed_back(execute.plan, inputs.token_ids[:0])
+            self._feed_back(execute.plan, inputs, inputs.token_ids[:0])
             return Sampled(execute.epoch, execute.plan, b"", [])
         logits = self._model.logits(hidden_states.index_select(0, inputs.sample_rows))  # [N, V]
         if tap is not None:
             tap.keep("logits", logits)
         drawn = sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
-        self._feed_back(execute.plan, drawn.token_ids)
+        self._feed_back(execute.plan, inputs, drawn.token_ids)
         if tap is not None:
             tap.keep("token_ids", drawn.token_ids)
         return Sampled(execute.epoch, execute.plan, pack_i32(drawn.read()), drawn.logprobs)
 
-    def _feed_back(self, plan: int, token_ids: Tensor) -> None:
+    def _feed_back(self, plan: int, inputs: BatchInputs, token_ids: Tensor) -> None:
         """Give the first stage the inputs of its next decode rows, before the host reads them.
 
         A row without a token (``sampling.NO_TOKEN``) ends its request once the host sees it;
         until then the first stage may compute anything for it.
         """
+        slots = torch.tensor(inputs.sample_slots, dtype=torch.int64)
+        if token_ids.device.type == "cuda":
+            slots = slots.pin_memory().to(token_ids.device, non_blocking=True)
+        token_ids = token_ids.clamp(min=0).to(torch.int64)
         if self._feedback is not None:
-            self._feedback.send(plan, token_ids.clamp(min=0).to(torch.int32)[:, None])
+            self._feedback.send(plan, torch.stack((slots, token_ids), dim=1).to(torch.int32))
         elif self._last_tokens is not None:
-            self._last_tokens.put(plan, token_ids.clamp(min=0))
+            self._last_tokens.put(slots, token_ids)

@@ -11,8 +11,10 @@ twice and the parts add up to the time since the start. Whether a wait for a pla
 idleness is known when the plan comes (``Execute.after_idle``); until then it is *open*, in no
 total. A switch costs well under a microsecond, so it is always on.
 
-The worker thread alone switches; ``totals`` may be asked for by any thread. Times are those of
-the host: work that a device does behind the host's back is not seen here.
+The worker thread alone switches; ``totals`` may be asked for by any thread. Where both edges of a
+stage wait on the host, times are those of its thread. Where both wait on the device, kernels write
+the card's time on both sides of each wait; once a plan is done, ``count`` goes through the same
+states with those times, in place of the host's switches.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ember_pp import protocol
 
@@ -46,6 +49,36 @@ BUSY, WAIT_INPUT, WAIT_OUTPUT = (
     int(StageState.WAIT_INPUT),
     int(StageState.WAIT_OUTPUT),
 )  # plain numbers: a switch is on the path of every plan
+
+
+_LAUNCH_GAP_NS = 10_000
+"""From one plan to the next a device needs this long at most if both are enqueued: that is no wait
+for a plan."""
+
+
+class PlanTimes(NamedTuple):
+    """When a device did what of a plan, in ns; 0: it had nothing of the kind to do.
+
+    In this order, but that feedback comes before ``began`` on the first stage.
+    """
+
+    feedback_wait: int
+    """Ready for feedback; on the first stage."""
+    feedback_there: int
+    began: int
+    input_wait: int
+    """Ready for the hidden states of the previous stage; not on the first."""
+    input_there: int
+    output_wait: int
+    """The layers, and what follows them, are done: ready for a free slot of the next stage."""
+    output_there: int
+    """The slot was free."""
+    done: int
+    """What is handed on is in the slot."""
+
+    def later_by(self, offset_ns: int) -> PlanTimes:
+        """By another clock, which shows ``offset_ns`` more."""
+        return PlanTimes(*(time_ns and time_ns + offset_ns for time_ns in self))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +138,7 @@ class StageClock:
         began_ns = None
         if self._state == _AWAIT_PLAN:
             waited_in = StageState.IDLE if after_idle else StageState.HOST_GAP
-            self._switch(int(waited_in), BUSY)
+            self._switch(int(waited_in), BUSY, self._now_ns())
             began_ns = self._since_ns
         self._num_open += 1
         if self.recorder is not None:
@@ -114,7 +147,7 @@ class StageClock:
     def end_plan(self, plan: int) -> None:
         """The plan is done: what comes now is the wait for the next, unless one has begun."""
         self._num_open -= 1
-        self._switch(self._state, BUSY if self._num_open else _AWAIT_PLAN)
+        self._switch(self._state, BUSY if self._num_open else _AWAIT_PLAN, self._now_ns())
         if self.recorder is not None:
             self.recorder.end(plan, self._since_ns)
 
@@ -125,8 +158,34 @@ class StageClock:
         """
         before = self._state
         if before != _AWAIT_PLAN:
-            self._switch(before, state)
+            self._switch(before, state, self._now_ns())
         return before
+
+    def count(self, plan: int, times: PlanTimes, *, after_idle: bool) -> None:
+        """A plan that the device is done with: in place of all switches of the host for it.
+
+        ``times`` are by the clock of the host; what was before the last plan's end counts as then.
+        """
+        began_ns = times.feedback_wait or times.began
+        waited_in = StageState.IDLE if after_idle else StageState.HOST_GAP
+        if began_ns - self._since_ns < _LAUNCH_GAP_NS and not after_idle:
+            waited_in = StageState.BUSY
+        self._switch(int(waited_in), BUSY, began_ns)
+        began_ns = self._since_ns
+        for state, since_ns, until_ns in (
+            (WAIT_INPUT, times.feedback_wait, times.feedback_there),
+            (WAIT_INPUT, times.input_wait, times.input_there),
+            (WAIT_OUTPUT, times.output_wait, times.output_there),
+        ):
+            if since_ns and until_ns:
+                self._switch(BUSY, state, since_ns)
+                self._switch(state, BUSY, until_ns)
+        self._switch(BUSY, _AWAIT_PLAN, times.done)
+        if self.recorder is not None:
+            self.recorder.begin(began_ns)
+            self.recorder.received_ns = times.input_there or times.feedback_there
+            self.recorder.sent_ns = times.done
+            self.recorder.end(plan, self._since_ns)
 
     def mark_received(self) -> None:
         """The input of the plan is there; the last mark of a plan counts. For the trace only."""
@@ -158,10 +217,10 @@ class StageClock:
             elapsed_ns=sum(totals_ns),
         )
 
-    def _switch(self, closed_as: int, state: int) -> None:
-        now_ns = self._now_ns()
+    def _switch(self, closed_as: int, state: int, now_ns: int) -> None:
         self._version += 1
         since_ns = self._since_ns
+        now_ns = max(now_ns, since_ns)  # two clocks are related to some microseconds only
         self._totals_ns[closed_as] += now_ns - since_ns
         self._state = state
         self._since_ns = now_ns

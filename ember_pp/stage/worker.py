@@ -28,7 +28,6 @@ from ember_pp.protocol import (
     Execute,
     Message,
     Probe,
-    ProbeReport,
     StageConfig,
     StageProgress,
     StageReady,
@@ -41,9 +40,10 @@ from ember_pp.protocol import (
 from ember_pp.stage import capacity
 from ember_pp.stage.captured import MAX_CAPTURED_ROWS, CapturedSteps, StepLimits
 from ember_pp.stage.captured_runner import CapturedRunner
+from ember_pp.stage.card_clock import CardClock
+from ember_pp.stage.edges import Edges
 from ember_pp.stage.failure import failure_of
-from ember_pp.stage.handoff import Edge, Receiver, RingShape, Sender, open_receiver, open_sender
-from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
+from ember_pp.stage.handoff import RingShape
 from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
@@ -75,16 +75,15 @@ class StageWorker:
         self._stage_index = stage_index
         self._post = post
         self._slice: _Slice | None = None
-        self._receiver: Receiver | None = None
-        """Of hidden states; on the first stage, of feedback."""
-        self._sender: Sender | None = None
-        """Of hidden states; on the last stage, of feedback."""
+        self._edges: Edges | None = None
         self._runner: StageRunner | CapturedRunner | None = None
         self._started: deque[tuple[int, StartedPlan]] = deque()
         """Plans that the device may still be at, by number."""
         self._failed_plan: int | None = None
         """The one whose end turned out to be a failure; None: what fails is being started."""
         self._clock = StageClock()
+        self._card_clock: CardClock | None = None
+        """Where the device times plans."""
         self._last_plan = -1
         self._finished_plan = -1
         self._is_closing = False
@@ -103,14 +102,19 @@ class StageWorker:
 
     def _next_message(self, inbox: SimpleQueue[Message | None]) -> Message | None:
         """Waits for a message; meanwhile plans end."""
-        while self._started:
+        while self._is_at_work:
             self._finish_plans()
-            if self._started:
+            if self._is_at_work:
                 try:
                     return inbox.get(timeout=_POLL_S)
                 except Empty:
                     continue
         return inbox.get()
+
+    @property
+    def _is_at_work(self) -> bool:
+        """Whether plans are to be posted, or to be counted, that the device may be at."""
+        return bool(self._started) or (self._runner is not None and self._runner.is_timing)
 
     def handle(self, message: Message) -> None:
         """Do what one message asks.
@@ -156,17 +160,14 @@ class StageWorker:
     def close(self) -> None:
         """End waits for neighbours, now; the worker then fails silently. Any thread."""
         self._is_closing = True
-        for end in (self._receiver, self._sender):
-            if end is not None:
-                end.close()
+        if self._edges is not None:
+            self._edges.close()
 
     def stats(self) -> StageStats | None:
         """Totals so far and what is waited for now; None before ``Start``. Any thread."""
-        loaded = self._slice
-        if self._runner is None or loaded is None:
+        loaded, edges = self._slice, self._edges
+        if self._runner is None or loaded is None or edges is None:
             return None
-        ends = (self._receiver, self._sender)
-        waits = [wait for end in ends if end is not None and (wait := end.wait) is not None]
         times = self._clock.totals()
         return StageStats(
             epoch=loaded.message.epoch,
@@ -177,9 +178,16 @@ class StageWorker:
             wait_output_ns=times.wait_output_ns,
             host_gap_ns=times.host_gap_ns,
             idle_ns=times.idle_ns,
-            waiting_for=str(waits[0]) if waits else "",
+            waiting_for=edges.waiting_for or self._device_waits_for(edges, self._runner),
             peak_bytes=_peak_bytes(loaded.device),
         )
+
+    def _device_waits_for(self, edges: Edges, runner: StageRunner | CapturedRunner) -> str:
+        wait = runner.wait
+        if wait is None or self._card_clock is None:
+            return ""
+        since_ns = wait.since_ns + self._card_clock.offset.ns
+        return edges.describe(wait.plan, since_ns, is_for_input=wait.is_for_input)
 
     def take_trace(self) -> StageTrace | None:
         """Times that were not posted yet, if a trace is wanted; once the worker has ended."""
@@ -200,20 +208,13 @@ class StageWorker:
             # Of this thread, for good: the default stream cannot be captured.
             torch.cuda.set_stream(torch.cuda.Stream(loaded.device))  # type: ignore[no-untyped-call]
         loaded.load(self._progress_reporter())
-        handle = {}
-        if message.num_stages > 1:
-            edge = Edge((self._stage_index - 1) % message.num_stages, self._stage_index)
-            shape = loaded.feedback_shape if loaded.is_first else loaded.ring_shape
-            self._receiver = open_receiver(
-                loaded.config.handoff, edge, shape, loaded.device, self._clock
-            )
-            handle = self._receiver.handle
+        self._edges = loaded.make_edges(self._clock)
         self._post(
             StageReady(
                 epoch=message.epoch,
                 stage_index=self._stage_index,
                 num_blocks=loaded.num_blocks_that_fit(),
-                handle=handle,
+                handle=self._edges.handle,
                 weight_bytes=loaded.weight_bytes,
                 block_bytes=loaded.block_bytes,
             )
@@ -235,39 +236,29 @@ class StageWorker:
         loaded = self._loaded("Start", message.epoch)
         if self._runner is not None:
             raise ProtocolError(f"stage {self._stage_index} got Start a second time")
-        num_stages = loaded.message.num_stages
-        if num_stages > 1:
-            edge = Edge(self._stage_index, (self._stage_index + 1) % num_stages)
-            shape = loaded.feedback_shape if loaded.is_last else loaded.ring_shape
-            self._sender = open_sender(message.next_handle, edge, shape, loaded.device, self._clock)
-        self._runner = loaded.make_runner(message.num_blocks, self._receiver, self._sender)
+        edges = self._edges
+        assert edges is not None, "made with the configuration"
+        edges.open(message.next_handle, message.previous_handle)
+        self._runner = loaded.make_runner(message.num_blocks)
         self._runner.warm_up()
         recorder = None
         if loaded.config.trace.is_on:
             recorder = PlanRecorder(self._stage_index, message.epoch, self._post)
         self._clock.start(recorder)
-        self._post(StageStarted(message.epoch, self._stage_index))
+        self._post(StageStarted(message.epoch, self._stage_index, dict(edges.paths)))
 
     def _on_probe(self, message: Probe) -> None:
-        loaded = self._loaded("Probe", message.epoch)
-        if self._sender is not None and message.edge == str(self._sender.edge):
-            path = self._sender.path
-            result = probe_sender(self._sender, message.seed, loaded.device)
-        elif self._receiver is not None and message.edge == str(self._receiver.edge):
-            path = self._receiver.path
-            result = probe_receiver(self._receiver, message.seed)
-        else:
-            raise ProtocolError(f"stage {self._stage_index} is no end of edge {message.edge}")
-        self._post(
-            ProbeReport(
-                epoch=message.epoch,
-                stage_index=self._stage_index,
-                edge=message.edge,
-                path=path,
-                is_ok=result.is_ok,
-                text=result.text,
-            )
-        )
+        self._loaded("Probe", message.epoch)
+        edges = self._edges
+        assert edges is not None, "made with the configuration"
+        if self._runner is None:
+            raise ProtocolError(f"stage {self._stage_index} got Probe before Start")
+        report = edges.probe(message)
+        self._runner.connect(edges.receiver, edges.sender)
+        if self._runner.is_timed_by_device and self._card_clock is None:
+            self._card_clock = CardClock(self._loaded("Probe", message.epoch).device)
+            self._card_clock.sample()
+        self._post(report)
 
     def _on_execute(self, execute: Execute) -> None:
         self._loaded("Execute", execute.epoch)
@@ -278,18 +269,22 @@ class StageWorker:
                 f"stage {self._stage_index} got plan {execute.plan} after plan {self._last_plan}"
             )
         self._finish_plans()
-        self._clock.begin_plan(after_idle=execute.after_idle)
+        if not self._runner.is_timed_by_device:
+            self._clock.begin_plan(after_idle=execute.after_idle)
         self._started.append((execute.plan, self._runner.start(execute)))
         self._last_plan = execute.plan
         self._finish_plans()
 
     def _finish_plans(self) -> None:
         """Post what plans have drawn that the device is done with, in their order."""
+        runner = self._runner
+        assert runner is not None, "plans come after Start"
         while self._started:
             plan, started = self._started[0]
             try:
                 if not started.is_done():
-                    return
+                    break
+                self._check_received()
                 sampled = started.finish()
             except BaseException:
                 self._failed_plan = plan
@@ -297,8 +292,24 @@ class StageWorker:
             self._started.popleft()
             if sampled is not None:
                 self._post(sampled)
-            self._clock.end_plan(plan)
+            if not runner.is_timed_by_device:
+                self._clock.end_plan(plan)
             self._finished_plan = plan
+        self._count_plans(runner)
+
+    def _check_received(self) -> None:
+        if self._edges is not None:
+            self._edges.check()
+
+    def _count_plans(self, runner: StageRunner | CapturedRunner) -> None:
+        """Take in what the device says of when it did what."""
+        counted = runner.take_times()
+        if not counted or self._card_clock is None:
+            return
+        self._card_clock.sample()
+        offset_ns = self._card_clock.offset.ns
+        for plan, after_idle, times in counted:
+            self._clock.count(plan, times.later_by(offset_ns), after_idle=after_idle)
 
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:
@@ -312,13 +323,10 @@ class StageWorker:
 
 
 class _RunnerEnds(TypedDict):
-    """What a runner of either kind has around it."""
+    """What the first stage and the last one have at their ends."""
 
-    source: Receiver | None
-    sink: Sender | None
     sampler: Sampler | None
     last_tokens: LastTokens | None
-    feedback: Sender | None
 
 
 class _Slice:
@@ -354,7 +362,7 @@ class _Slice:
 
     @property
     def feedback_shape(self) -> RingShape:
-        """Of the edge from the last stage to the first: the token ids that a plan draws.
+        """Of the edge from the last stage to the first: pairs of slot and token that a plan draws.
 
         See ``LastTokens`` for the number of slots.
         """
@@ -362,8 +370,20 @@ class _Slice:
         return RingShape(
             num_slots=2 * self.message.max_in_flight,
             max_tokens=min(self.message.max_slots, max_tokens),
-            hidden_size=1,
+            hidden_size=2,  # slot and token
             dtype=torch.int32,
+        )
+
+    def make_edges(self, clock: StageClock) -> Edges:
+        """Both ends of a new epoch; ``clock`` counts their waits."""
+        return Edges(
+            self.message.stage_index,
+            self.message.num_stages,
+            setting=self.config.handoff,
+            ring_shape=self.ring_shape,
+            feedback_shape=self.feedback_shape,
+            device=self.device,
+            clock=clock,
         )
 
     def load(self, on_progress: Callable[[int, int], None]) -> None:
@@ -452,10 +472,8 @@ class _Slice:
             return num_processes
         return -(-num_processes // torch.cuda.device_count())
 
-    def make_runner(
-        self, num_blocks: int, receiver: Receiver | None, sender: Sender | None
-    ) -> StageRunner | CapturedRunner:
-        """The runner of this slice, with ``num_blocks`` KV blocks."""
+    def make_runner(self, num_blocks: int) -> StageRunner | CapturedRunner:
+        """The runner of this slice, with ``num_blocks`` KV blocks; not connected."""
         assert self._model is not None, "load comes first"
         assert self._ops is not None, "load comes first"
         message, cfg = self.message, self.model_config
@@ -481,18 +499,9 @@ class _Slice:
         last_tokens = None
         if self.is_first:
             last_tokens = LastTokens(
-                message.max_slots,
-                self.device,
-                source=receiver,
-                max_in_flight=message.max_in_flight,
+                message.max_slots, self.device, max_in_flight=message.max_in_flight
             )
-        ends = _RunnerEnds(
-            source=None if self.is_first else receiver,
-            sink=None if self.is_last else sender,
-            sampler=sampler,
-            last_tokens=last_tokens,
-            feedback=sender if self.is_last else None,
-        )
+        ends = _RunnerEnds(sampler=sampler, last_tokens=last_tokens)
         sizes = message.max_slots, self.max_blocks_per_sequence, block_size
         bounds = {"num_blocks": num_blocks, "vocab_size": cfg.vocab_size}
         if not is_captured:

@@ -66,7 +66,7 @@ class FakeStage:
                     assert self._may_load is None or self._may_load.wait(PATIENCE_S)
                     socket.send(protocol.StageReady(0, 0, 10_000, {}, 0, 1))
                 case protocol.Start():
-                    socket.send(protocol.StageStarted(0, 0))
+                    socket.send(protocol.StageStarted(0, 0, {}))
                 case protocol.Execute():
                     held.append(protocol.Sampled(0, message.plan, self._tokens(message), []))
                     if len(held) >= self._plans_together:

@@ -129,8 +129,13 @@ def start_all(play, num_blocks=(10, 7, 9)):
         play.ready(index, num_blocks[index])
     starts = [play.hear(index) for index in range(3)]
     for index in range(3):
-        play.say(index, protocol.StageStarted(EPOCH, index))
+        paths = {edge: {"cuda_ipc": "", "host_shm": ""} for edge in edges_of(index)}
+        play.say(index, protocol.StageStarted(EPOCH, index, paths))
     return starts
+
+
+def edges_of(index):
+    return f"{(index - 1) % 3}->{index}", f"{index}->{(index + 1) % 3}"
 
 
 def test_the_whole_start_sequence(play):
@@ -139,6 +144,7 @@ def test_the_whole_start_sequence(play):
     starts = start_all(play)
     assert [start.num_blocks for start in starts] == [7, 7, 7]  # the least of all
     assert [start.next_handle for start in starts] == [{"ring": 1}, {"ring": 2}, {"ring": 0}]
+    assert [start.previous_handle for start in starts] == [{"ring": 2}, {"ring": 0}, {"ring": 1}]
     probes = [[play.hear(index) for _ in range(2)] for index in range(3)]
     # Each stage takes its edges in the order of this list, so no two can wait for each other.
     ends = [(0, "0->1"), (1, "0->1"), (1, "1->2"), (2, "1->2"), (2, "2->0"), (0, "2->0")]
@@ -149,9 +155,10 @@ def test_the_whole_start_sequence(play):
     assert probes[0][1].seed == probes[2][1].seed
     for index, edge in ends:
         assert not supervisor.is_ready
-        play.say(index, protocol.ProbeReport(EPOCH, index, edge, "host_shm", True, ""))
+        play.say(index, protocol.ProbeReport(EPOCH, index, edge, "cuda_ipc", True, ""))
     assert supervisor.is_ready
-    assert supervisor.edges == {"0->1": "host_shm", "1->2": "host_shm", "2->0": "host_shm"}
+    assert supervisor.edges == {"0->1": "cuda_ipc", "1->2": "cuda_ipc", "2->0": "cuda_ipc"}
+    assert set(supervisor.edge_reasons.values()) == {"probe passed"}
     supervisor.check()
 
 
@@ -179,11 +186,41 @@ def test_only_the_started_process_is_taken_for_a_stage(play):
     stranger.close(linger_ms=0)
 
 
-def test_a_failed_probe_names_the_edge(play):
+def test_an_edge_whose_probe_fails_is_probed_over_its_next_path(play, caplog):
     start_all(play)
-    report = protocol.ProbeReport(EPOCH, 1, "0->1", "host_shm", False, "byte 3 is 1, was sent as 2")
-    with pytest.raises(HandoffError, match=r"edge 0->1 failed its probe over host_shm: byte 3"):
-        play.say(1, report)
+    for index in range(3):
+        for _ in range(2):
+            play.hear(index)
+
+    def report(index, edge, path, text=""):
+        play.say(index, protocol.ProbeReport(EPOCH, index, edge, path, not text, text))
+
+    for edge, ends in (("1->2", (1, 2)), ("2->0", (2, 0))):
+        for index in ends:
+            report(index, edge, "cuda_ipc")
+    report(1, "0->1", "cuda_ipc", "byte 3 is 1, was sent as 2")
+    report(0, "0->1", "cuda_ipc")
+    again = play.hear(0)
+    assert (again.edge, again.path) == ("0->1", "host_shm")
+    assert play.hear(1) == again
+    assert not play.supervisor.is_ready
+    report(0, "0->1", "host_shm")
+    report(1, "0->1", "host_shm")
+    assert play.supervisor.is_ready
+    assert play.supervisor.edges["0->1"] == "host_shm"
+    assert "edge 0->1: host_shm (cuda_ipc: failed its probe: byte 3 is 1" in caplog.text
+
+
+def test_an_edge_that_passes_no_probe_ends_the_run_by_its_name(play):
+    start_all(play)
+    for path in ("cuda_ipc", "host_shm"):
+        failed = protocol.ProbeReport(EPOCH, 1, "0->1", path, False, f"{path} lies")
+        play.say(1, failed)
+        passed = protocol.ProbeReport(EPOCH, 0, "0->1", path, True, "")
+        if path == "cuda_ipc":
+            play.say(0, passed)
+    with pytest.raises(HandoffError, match=r"edge 0->1 has no path .*ipc lies; host_shm.*shm lies"):
+        play.say(0, passed)
 
 
 def test_a_cache_without_room_says_what_to_raise(play):

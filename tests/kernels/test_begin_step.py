@@ -9,6 +9,7 @@ import torch
 
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import PlanWords, StepState
+from ember_pp.kernels.step_state import BEGAN, INPUT_WAIT
 from kernel_backends import BACKENDS, cpu_ops, open_backend
 
 BLOCK_SIZE = 16
@@ -167,6 +168,20 @@ def test_more_rows_than_threads(backend: str) -> None:
     expected = expand(plan, state)
     ops.begin_step(plan, state)
     check(plan, state, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_notes_when_it_began_and_when_the_step_is_ready_for_its_input(backend: str) -> None:
+    ops, device = open_backend(backend)
+    state = make_state(device)
+    plan = make_plan(state, 3, [2])
+    before = state.records.clone()
+    ops.begin_step(plan, state)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    changed = (state.records != before).nonzero().tolist()
+    assert changed == [[plan.turn, BEGAN], [plan.turn, INPUT_WAIT]]
+    assert 0 < state.records[plan.turn, BEGAN] <= state.records[plan.turn, INPUT_WAIT]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -289,6 +289,11 @@ HOT = [
     ("swiglu.cuh", "swiglu_kernel<bf16, 8>"),
     ("step.cuh", "begin_step_kernel"),
     ("step.cuh", "end_step_kernel"),
+    ("step.cuh", "leave_stage_kernel<bf16, 8>"),
+    ("handoff.cuh", "send_slot_kernel<uint4>"),
+    ("handoff.cuh", "take_slot_kernel<uint4>"),
+    ("handoff.cuh", "take_pairs_kernel"),
+    ("handoff.cuh", "write_time_kernel"),
     *(
         ("skinny_linear.cuh", f"skinny_linear_kernel<{rows}, 1, {flags}, true>")
         for rows in (8, 16, 32)
@@ -315,6 +320,9 @@ HOT = [
 UNUSED = {("paged_prefill.cuh", 90)}
 """There paged_prefill_wgmma takes its place."""
 OTHERS = [
+    ("step.cuh", "leave_stage_kernel<float, 1>"),
+    ("handoff.cuh", "send_slot_kernel<unsigned short>"),
+    ("handoff.cuh", "take_slot_kernel<u32>"),
     ("embedding.cuh", "embedding_kernel<unsigned short>"),
     ("rms_norm.cuh", "rms_norm_kernel<float, 4, 8, true>"),
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 1, 8, true>"),

@@ -7,6 +7,7 @@ import torch
 
 from ember_pp.errors import KernelArgumentError
 from ember_pp.kernels import StepState
+from ember_pp.kernels.step_state import OUTPUT_WAIT
 from kernel_backends import BACKENDS, cpu_ops, open_backend
 
 
@@ -49,7 +50,12 @@ def test_brings_tokens_to_the_host_and_to_the_next_step(
     assert (state.last_tokens is not None) == is_first
     if state.last_tokens is not None:
         assert state.last_tokens.tolist() == expected
+    pairs = [[s, max(t, 0)] for s, t in zip(slots.tolist(), drawn.tolist(), strict=True)]
+    assert state.feedback[:num_drawn].tolist() == pairs
+    assert not state.feedback[num_drawn:].any()
     assert state.results[2, 2 : 2 + num_drawn].tolist() == drawn.tolist()
+    assert state.records[2, OUTPUT_WAIT] > 0
+    assert state.records.count_nonzero() == 1
     assert state.results[2, :2].view(torch.int64).tolist() == [2**40 + 3]
     assert not state.results[:2].any(), "another plan's tokens"
     assert not state.results[2, 2 + num_drawn :].any()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ember_pp.errors import DeadlineExceededError, HandoffError, ProtocolError
-from ember_pp.stage.handoff import Edge, RingShape, host_shm, open_receiver, open_sender
+from ember_pp.stage.handoff import Edge, RingShape, host_shm, make_receiver, make_sender
 from ember_pp.stage.handoff.probe import probe_receiver, probe_sender
 from ember_pp.stage.timing import StageClock
 
@@ -36,8 +36,11 @@ def make_shape(**changes):
 def make_edge(device=CPU, *, clock=None, **changes):
     """Both ends; ``clock`` is that of one stage, as far as the test is concerned."""
     shape = make_shape(**changes)
-    receiver = open_receiver("auto", EDGE, shape, device, clock)
-    return receiver, open_sender(receiver.handle, EDGE, shape, device, clock)
+    receiver = make_receiver("host_shm", EDGE, shape, device, clock)
+    sender = make_sender("host_shm", EDGE, shape, device, clock)
+    sender.connect(receiver.handle)
+    receiver.connect(sender.handle)
+    return receiver, sender
 
 
 def running_clock():
@@ -209,10 +212,9 @@ def test_sender_refuses_what_does_not_fit(hidden_states):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 41}, "hidden_size is 40 at the sender, 41 at the receiver"),
-        ({"dtype": "float16"}, "dtype is bfloat16 at the sender, float16 at the receiver"),
-        ({"num_slots": None}, "num_slots is 3 at the sender, None"),
-        ({"path": "pigeon"}, "hand-off path 'pigeon' is not known here; known: host_shm"),
+        ({"hidden_size": 41}, "hidden_size is 40 at one end, 41 at the other"),
+        ({"dtype": "float16"}, "dtype is bfloat16 at one end, float16 at the other"),
+        ({"num_slots": None}, "num_slots is 3 at one end, None"),
         ({"host": "elsewhere"}, "needs both stages on one host"),
         ({"fd": 9999}, "shared memory 9999 of process .*: No such file"),
         ({"pid": 2**22 + 1}, "process 4194305: No such file"),
@@ -220,28 +222,31 @@ def test_sender_refuses_what_does_not_fit(hidden_states):
     ],
 )
 def test_a_wrong_handle_is_refused_by_name(change, message):
-    receiver = open_receiver("host_shm", EDGE, make_shape(), CPU)
+    receiver = make_receiver("host_shm", EDGE, make_shape(), CPU)
+    sender = make_sender("host_shm", EDGE, make_shape(), CPU)
     with pytest.raises(HandoffError, match=f"edge 0->1: .*{message}"):
-        open_sender(receiver.handle | change, EDGE, make_shape(), CPU)
+        sender.connect(receiver.handle | change)
 
 
 def test_a_shorter_file_is_refused(tmp_path):
-    receiver = open_receiver("host_shm", EDGE, make_shape(), CPU)
+    receiver = make_receiver("host_shm", EDGE, make_shape(), CPU)
     with (tmp_path / "short").open("w+b") as short:
         handle = receiver.handle | {"fd": short.fileno()}
         with pytest.raises(HandoffError, match="edge 0->1"):
-            open_sender(handle, EDGE, make_shape(), CPU)
+            make_sender("host_shm", EDGE, make_shape(), CPU).connect(handle)
 
 
 def test_an_unknown_path_is_refused():
-    with pytest.raises(HandoffError, match="'cuda_ipc' is not known here"):
-        open_receiver("cuda_ipc", EDGE, make_shape(), CPU)
+    message = "edge 0->1: hand-off path 'pigeon' is not known here; known: cuda_ipc, host_shm"
+    for make in (make_receiver, make_sender):
+        with pytest.raises(HandoffError, match=message):
+            make("pigeon", EDGE, make_shape(), CPU)
 
 
 def test_too_little_memory_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(host_shm, "available_bytes", lambda: 4096)
     with pytest.raises(HandoffError, match=r"4096 are free; lower scheduler\.max_tokens_per_plan"):
-        open_receiver("host_shm", EDGE, make_shape(), CPU)
+        make_receiver("host_shm", EDGE, make_shape(), CPU)
 
 
 # ---------------------------------------------------------------- probe
@@ -264,8 +269,10 @@ def test_probe_passes_and_leaves_the_edge_fresh(device):
 @pytest.mark.gpu
 def test_a_cuda_stage_copies_from_pinned_memory():
     receiver, sender = make_edge(torch.device("cuda", 0))
+    receiver.prepare()
+    sender.prepare()
     assert receiver._ring.slots[0].is_pinned()
-    assert sender._ring.slots[0].is_pinned()
+    assert sender._other.ring.slots[0].is_pinned()
 
 
 class BitFlip:
@@ -310,10 +317,11 @@ def test_probe_finds_a_flag_that_does_not_come_back(monkeypatch):
 
 CHILD = """
 import json, sys, torch
-from ember_pp.stage.handoff import Edge, RingShape, open_sender
+from ember_pp.stage.handoff import Edge, RingShape, make_sender
 handle = json.loads(sys.argv[1])
 shape = RingShape(num_slots=3, max_tokens=7, hidden_size=40, dtype=torch.bfloat16)
-sender = open_sender(handle, Edge(0, 1), shape, torch.device("cpu"))
+sender = make_sender("host_shm", Edge(0, 1), shape, torch.device("cpu"))
+sender.connect(handle)
 for plan in range(30):
     sender.send(plan, torch.full((1 + plan % 7, 40), float(plan), dtype=torch.bfloat16))
 sender.send(30, torch.zeros(1, 40, dtype=torch.bfloat16))
@@ -329,7 +337,7 @@ def shared_memory_names():
 def test_between_processes_and_after_a_kill():
     """Another process sends; killed in the middle of a wait, it leaves nothing behind."""
     names_before = shared_memory_names()
-    receiver = open_receiver("auto", EDGE, make_shape(), CPU)
+    receiver = make_receiver("host_shm", EDGE, make_shape(), CPU)
     command = [sys.executable, "-c", CHILD, json.dumps(receiver.handle)]
     with subprocess.Popen(command) as child:
         for plan in range(30):
@@ -344,7 +352,7 @@ def test_between_processes_and_after_a_kill():
 
 
 def test_memory_goes_with_the_receiver():
-    receiver = open_receiver("auto", EDGE, make_shape(), CPU)
+    receiver = make_receiver("host_shm", EDGE, make_shape(), CPU)
     link = f"/proc/self/fd/{receiver.handle['fd']}"
     assert "ember-pp ring 0->1 (deleted)" in os.readlink(link)
     del receiver

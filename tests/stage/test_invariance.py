@@ -33,7 +33,7 @@ from ember_pp.model_config import ModelConfig
 from ember_pp.protocol import unpack_u32
 from ember_pp.stage.captured import CapturedSteps, StepLimits
 from ember_pp.stage.captured_runner import CapturedRunner
-from ember_pp.stage.handoff import Edge, RingShape, open_receiver, open_sender
+from ember_pp.stage.handoff import Edge, RingShape, make_receiver, make_sender
 from ember_pp.stage.input_batch import SlotTable
 from ember_pp.stage.kv_cache import KVCache
 from ember_pp.stage.last_tokens import LastTokens
@@ -74,39 +74,37 @@ def make_stages(folder, num_stages, dtype, device, kind):
         dtype=dtype,
     )
     edges = [Edge(i, i + 1) for i in range(num_stages - 1)]
-    receivers = [open_receiver("host_shm", edge, shape, device) for edge in edges]
-    senders = [
-        open_sender(receiver.handle, edge, shape, device)
-        for edge, receiver in zip(edges, receivers, strict=True)
-    ]
+    receivers = [make_receiver("host_shm", edge, shape, device) for edge in edges]
+    senders = [make_sender("host_shm", edge, shape, device) for edge in edges]
     tokens_in, tokens_out = None, None
     if num_stages > 1:
         shape = RingShape(
-            num_slots=2 * MAX_IN_FLIGHT, max_tokens=MAX_SLOTS, hidden_size=1, dtype=torch.int32
+            num_slots=2 * MAX_IN_FLIGHT, max_tokens=MAX_SLOTS, hidden_size=2, dtype=torch.int32
         )
-        tokens_in = open_receiver("host_shm", Edge(num_stages - 1, 0), shape, device)
-        tokens_out = open_sender(tokens_in.handle, tokens_in.edge, shape, device)
+        tokens_in = make_receiver("host_shm", Edge(num_stages - 1, 0), shape, device)
+        tokens_out = make_sender("host_shm", tokens_in.edge, shape, device)
+        for receiver, sender in zip([*receivers, tokens_in], [*senders, tokens_out], strict=True):
+            sender.connect(receiver.handle)
     ranges = partition.split_layers(cfg, num_stages, "equal")
     stages = [
         make_stage(
-            *(folder, cfg, dtype, device, kind, stage_index, layers, source, sink),
-            *(tokens_in, tokens_out),
+            *(folder, cfg, dtype, device, kind, stage_index, layers),
+            num_stages=num_stages,
         )
-        for stage_index, (layers, source, sink) in enumerate(
-            zip(ranges, [None, *receivers], [*senders, None], strict=True)
-        )
+        for stage_index, layers in enumerate(ranges)
     ]
+    ends_of_stages = zip(stages, [tokens_in, *receivers], [*senders, tokens_out], strict=True)
+    for stage, receiver, sender in ends_of_stages:
+        stage.connect(receiver, sender)
     ends = [*receivers, *senders, tokens_in, tokens_out]
     return stages, [end for end in ends if end is not None]
 
 
-def make_stage(
-    folder, cfg, dtype, device, kind, stage_index, layers, source, sink, tokens_in, tokens_out
-):
+def make_stage(folder, cfg, dtype, device, kind, stage_index, layers, *, num_stages):
     last_tokens = None
-    if source is None:
-        last_tokens = LastTokens(MAX_SLOTS, device, source=tokens_in, max_in_flight=MAX_IN_FLIGHT)
-    ends = {"is_first": source is None, "is_last": sink is None}
+    ends = {"is_first": stage_index == 0, "is_last": stage_index == num_stages - 1}
+    if ends["is_first"]:
+        last_tokens = LastTokens(MAX_SLOTS, device, max_in_flight=MAX_IN_FLIGHT)
     checkpoint = Checkpoint.open(folder)
     weights = load_stage(checkpoint, cfg, *layers, **ends, dtype=dtype, device=device)
     max_blocks = -(-MAX_MODEL_LEN // BLOCK_SIZE)
@@ -114,13 +112,8 @@ def make_stage(
     model = StageModel(cfg, weights, *layers, **ends, ops=ops)
     cache = KVCache.allocate(cfg, layers[1] - layers[0], NUM_BLOCKS, BLOCK_SIZE, dtype, device)
     sizes = MAX_SLOTS, max_blocks, BLOCK_SIZE
-    around = {
-        "source": source,
-        "sink": sink,
-        "sampler": Sampler(cfg.vocab_size, MAX_SLOTS, (), device, ops) if sink is None else None,
-        "last_tokens": last_tokens,
-        "feedback": tokens_out if sink is None else None,
-    }
+    sampler = Sampler(cfg.vocab_size, MAX_SLOTS, (), device, ops) if ends["is_last"] else None
+    around = {"sampler": sampler, "last_tokens": last_tokens}
     if kind == "eager":
         table = SlotTable(*sizes, num_blocks=NUM_BLOCKS, device=device)
         return StageRunner(stage_index, model, cache, table, **around)
@@ -134,7 +127,7 @@ def make_stage(
             max_blocks_per_sequence=max_blocks,
             max_pending=MAX_IN_FLIGHT + 1,
         ),
-        sampler=around["sampler"],
+        sampler=sampler,
         last_tokens=None if last_tokens is None else last_tokens.tokens,
         uses_graphs=kind == "graphs",
     )

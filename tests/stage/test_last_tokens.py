@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -16,25 +15,25 @@ MAX_SLOTS, MAX_IN_FLIGHT = 5, 3
 
 @dataclasses.dataclass
 class LateSource:
-    """Feedback that is written only when it is waited for; a ring of reused memory."""
+    """Feedback that is written only when it is waited for."""
 
-    sent: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    sent: dict[int, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
     received: list[int] = dataclasses.field(default_factory=list)
-    is_held: bool = False
+    times: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
-    def receive(self, plan, num_tokens):
-        assert not self.is_held, "the slot of the plan before was not given back"
-        self.is_held = True
+    def receive_pairs(self, plan, num_pairs, target, *, ready_at=0, at=0):
         assert plan == len(self.received), "feedback is taken in plan order, without gaps"
-        assert len(self.sent[plan]) == num_tokens
+        assert len(self.sent[plan]) == num_pairs
         self.received.append(plan)
-        self.slot = torch.tensor(self.sent[plan], dtype=torch.int32).view(-1, 1)
-        return self.slot
+        self.times.append((ready_at, at))
+        for slot, token in self.sent[plan]:
+            target[slot] = token
 
-    def release(self, plan):
-        assert plan == self.received[-1]
-        self.slot.fill_(-1)
-        self.is_held = False
+
+def make_last_tokens(source, device="cpu"):
+    last_tokens = LastTokens(MAX_SLOTS, device, max_in_flight=MAX_IN_FLIGHT)
+    last_tokens.connect(source)
+    return last_tokens
 
 
 def make_plan(plan, decode_slots, chunk_slots=(), feedback=-1):
@@ -53,7 +52,7 @@ def test_decode_rows_get_their_own_owners_newest_token():
     """Any plans: a slot changes owner while tokens of the old one are still on their way."""
     rng = random.Random(0)
     source = LateSource()
-    last_tokens = LastTokens(MAX_SLOTS, source=source, max_in_flight=MAX_IN_FLIGHT)
+    last_tokens = make_last_tokens(source)
     owner = dict.fromkeys(range(MAX_SLOTS), 0)
     newest: dict[int, tuple[int, int]] = {}  # slot -> plan and token of its present owner
     next_token, num_late_owners = 1, 0
@@ -72,7 +71,7 @@ def test_decode_rows_get_their_own_owners_newest_token():
         assert inputs.token_ids.tolist() == expected + [0] * (2 * len(chunk_slots))
         source.sent[plan] = []
         for slot in inputs.sample_slots:
-            source.sent[plan].append(next_token)
+            source.sent[plan].append((slot, next_token))
             newest[slot] = (plan, next_token)
             next_token += 1
         assert plan - len(source.received) < MAX_IN_FLIGHT, "the ring would fill up"
@@ -83,8 +82,8 @@ def test_decode_rows_get_their_own_owners_newest_token():
 
 
 def test_feedback_is_taken_no_earlier_than_needed():
-    source = LateSource({plan: [plan] for plan in range(6)})
-    last_tokens = LastTokens(MAX_SLOTS, source=source, max_in_flight=MAX_IN_FLIGHT)
+    source = LateSource({plan: [(plan % MAX_SLOTS, plan)] for plan in range(6)})
+    last_tokens = make_last_tokens(source)
     counts = []
     for plan in range(6):
         last_tokens.fill(*make_plan(plan, [], [plan % MAX_SLOTS]))
@@ -94,31 +93,29 @@ def test_feedback_is_taken_no_earlier_than_needed():
     assert len(source.received) == 5
 
 
+def test_several_plans_feedback_is_timed_as_one_wait():
+    source = LateSource({plan: [(plan, plan)] for plan in range(3)})
+    last_tokens = make_last_tokens(source)
+    for plan in range(3):
+        last_tokens.fill(*make_plan(plan, [], [plan]))
+    execute, inputs = make_plan(3, [2], feedback=2)
+    last_tokens.take(last_tokens.due(execute, inputs.num_decode_rows), ready_at=5, at=6)
+    assert (source.received, source.times) == ([0, 1, 2], [(5, 0), (0, 0), (0, 6)])
+
+
 @pytest.mark.parametrize("feedback", [-1, 1, 5])
 def test_feedback_that_cannot_have_come_is_refused(feedback):
-    last_tokens = LastTokens(MAX_SLOTS, source=LateSource({0: [3]}), max_in_flight=MAX_IN_FLIGHT)
+    last_tokens = make_last_tokens(LateSource({0: [(2, 3)]}))
     last_tokens.fill(*make_plan(0, [], [2]))
     with pytest.raises(ProtocolError, match=rf"plan 1, micro-batch 0: feedback: plan {feedback} "):
         last_tokens.fill(*make_plan(1, [2], feedback=feedback))
 
 
-@pytest.mark.parametrize(("plan", "token_ids"), [(1, [5]), (0, [5, 6]), (0, [])])
-def test_tokens_of_another_plan_are_refused(plan, token_ids):
-    last_tokens = LastTokens(MAX_SLOTS, source=None, max_in_flight=1)
-    last_tokens.fill(*make_plan(0, [], [2]))
-    with pytest.raises(ProtocolError, match=r"due are \(plan, token ids\) \(0, 1\)"):
-        last_tokens.put(plan, torch.tensor(token_ids, dtype=torch.int64))
-    last_tokens.put(0, torch.tensor([5]))
-    with pytest.raises(ProtocolError, match="None"):
-        last_tokens.put(0, torch.tensor([5]))
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_a_single_stage_puts_its_own_tokens(device):
-    last_tokens = LastTokens(MAX_SLOTS, device, source=None, max_in_flight=2)
-    due = deque([[4, 1]])
-    last_tokens.fill(*make_plan(0, [], due[0]))
-    last_tokens.put(0, torch.tensor([40, 10], device=device))
+    last_tokens = make_last_tokens(None, device)
+    last_tokens.fill(*make_plan(0, [], [4, 1]))
+    last_tokens.put(torch.tensor([4, 1], device=device), torch.tensor([40, 10], device=device))
     execute, inputs = make_plan(1, [1, 4], feedback=0)
     inputs.token_ids = inputs.token_ids.to(device)
     inputs.decode_slots = inputs.decode_slots.to(device)

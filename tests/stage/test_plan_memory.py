@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
 import torch
 
 from ember_pp.kernels import StepState
+from ember_pp.kernels.step_state import BEGAN, INPUT_WAIT, OUTPUT_WAIT
 from ember_pp.protocol import Execute, OpenSlot, pack_i32, pack_u32, unpack_i32
-from ember_pp.stage.plan_memory import PlanWriter, TokenReader
+from ember_pp.stage.plan_memory import PlanRecords, PlanWriter, TokenReader
 from ember_pp.stage.slots import PlanRows, Slots
+from ember_pp.stage.timing import PlanTimes
 
 CPU = torch.device("cpu")
 
@@ -135,3 +138,44 @@ def test_a_failed_device_is_noticed_while_polling() -> None:
     pending._stream = Broken()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         any(pending.poll() for _ in range(10_000))
+
+
+def test_a_record_is_fresh_once_opened_and_read_by_its_plan() -> None:
+    state = make_state()
+    records = PlanRecords(state.records)
+    state.records.fill_(7)
+    records.open(4)
+    assert records.read(4) == PlanTimes(*[0] * 8)
+    assert state.records[0].tolist() == state.records[2].tolist() == [7] * 8
+    state.records[1] = torch.arange(8) + 1
+    assert records.read(4) == PlanTimes(1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def test_kernels_write_where_the_record_is_read() -> None:
+    state = make_state()
+    records = PlanRecords(state.records)
+    for word, name in enumerate(PlanTimes._fields):
+        address = records.address(5, name)
+        assert address == state.records.data_ptr() + (2 * 8 + word) * 8
+        ctypes.c_int64.from_address(address).value = 50 + word
+        assert getattr(records.read(5), name) == 50 + word
+    steps = (BEGAN, "began"), (INPUT_WAIT, "input_wait"), (OUTPUT_WAIT, "output_wait")
+    for word, name in steps:
+        assert PlanTimes._fields[word] == name, "step.cuh writes these itself"
+
+
+def test_a_plan_is_done_with_the_last_word_of_its_record() -> None:
+    state = make_state()
+    records = PlanRecords(state.records)
+    for word in range(8):
+        assert not records.is_done(1)
+        state.records[1, word] = 3
+    assert records.is_done(1)
+    assert not records.is_done(0)
+
+
+def test_a_failed_device_is_noticed_while_waiting_for_a_record() -> None:
+    records = PlanRecords(make_state().records)
+    records._stream = Broken()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        any(records.is_done(0) for _ in range(10_000))

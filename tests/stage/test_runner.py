@@ -64,6 +64,7 @@ class FakeSink:
 
     log: list
     sent: list = dataclasses.field(default_factory=list)
+    waits_on_device: bool = False
 
     def send(self, plan, hidden_states):
         self.log.append("send")
@@ -76,18 +77,17 @@ def make_runner(log, *, source=None, sink=None, feedback=None, feedback_source=N
     sampler = Sampler(VOCAB_SIZE, 4, (), "cpu") if sink is None else None
     last_tokens = None
     if source is None:
-        last_tokens = LastTokens(4, source=feedback_source, max_in_flight=2)
-    return StageRunner(
+        last_tokens = LastTokens(4, max_in_flight=2)
+    runner = StageRunner(
         1,
         FakeModel(log),
         None,
         SlotTable(4, 8, 16),
-        source=source,
-        sink=sink,
         sampler=sampler,
         last_tokens=last_tokens,
-        feedback=feedback,
     )
+    runner.connect(source or feedback_source, sink or feedback)
+    return runner
 
 
 def make_decode(plan, *, join=(), feedback=None):
@@ -135,12 +135,10 @@ class FakeFeedback:
 
     log: list
 
-    def receive(self, plan, num_tokens):
+    def receive_pairs(self, plan, num_pairs, target, *, ready_at=0, at=0):
         self.log.append("tokens")
-        return torch.full((num_tokens, 1), 7, dtype=torch.int32)
-
-    def release(self, plan):
-        """Nothing to give back."""
+        assert num_pairs == 1
+        target[0] = 7
 
 
 def test_the_first_stage_prepares_before_it_waits_for_tokens():
@@ -179,7 +177,8 @@ def test_the_last_stage_feeds_its_tokens_back_before_it_reports_them():
     assert [plan for plan, _ in feedback.sent] == [0, 1]
     for (_, token_ids), sampled in zip(feedback.sent, drawn, strict=True):
         assert token_ids.dtype == torch.int32
-        assert token_ids.tolist() == [[token] for token in unpack_i32(sampled.token_ids)]
+        assert token_ids.tolist() == [[0, token] for token in unpack_i32(sampled.token_ids)]
+        assert token_ids.shape == (len(unpack_i32(sampled.token_ids)), 2)
 
 
 def test_a_single_stage_decodes_from_what_it_drew():
@@ -201,7 +200,7 @@ def test_a_row_without_a_token_is_told_to_the_host_alone():
     sampled = runner.run(make_execute(0))
     assert list(unpack_i32(sampled.token_ids)) == [NO_TOKEN]
     [(_, token_ids)] = feedback.sent
-    assert token_ids.tolist() == [[0]]
+    assert token_ids.tolist() == [[0, 0]]
 
 
 def test_a_tap_writes_what_went_in_and_came_out(tmp_path):

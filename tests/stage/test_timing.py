@@ -13,6 +13,7 @@ from ember_pp.stage.timing import (
     WAIT_INPUT,
     WAIT_OUTPUT,
     PlanRecorder,
+    PlanTimes,
     StageClock,
     StageState,
 )
@@ -258,3 +259,88 @@ def test_a_switch_costs_next_to_nothing():
             clock.enter(WAIT_INPUT)
         costs_ns.append((time.perf_counter_ns() - started_ns) / 2_000)
     assert min(costs_ns) < 5_000
+
+
+# ------------------------------------------------------------------------------------
+# times of the device
+
+
+def count(clock, plan, *, after_idle=False, **times):
+    clock.count(
+        plan, PlanTimes(**(dict.fromkeys(PlanTimes._fields, 0) | times)), after_idle=after_idle
+    )
+
+
+MS = 1_000_000
+
+
+def test_times_of_the_device_are_parts_as_those_of_the_host(now):
+    now.now_ns = 0
+    clock = StageClock(now)
+    clock.start()
+    ms = {name: at * MS for name, at in FIRST_STAGE.items()}
+    count(clock, 0, after_idle=True, **ms)
+    now.now_ns = 70 * MS
+    expect(clock, idle=10 * MS, wait_input=5 * MS, busy=20 * MS, wait_output=3 * MS, open=32 * MS)
+
+
+FIRST_STAGE = {
+    "feedback_wait": 10,
+    "feedback_there": 15,
+    "began": 16,
+    "input_wait": 17,  # of no meaning on the first stage: nothing is there
+    "output_wait": 33,
+    "output_there": 36,
+    "done": 38,
+}
+
+
+def test_a_stage_that_takes_hidden_states_waits_for_them(now):
+    now.now_ns = 0
+    clock = StageClock(now)
+    clock.start()
+    times = {"began": 1, "input_wait": 2, "input_there": 9, "output_wait": 20, "output_there": 20}
+    count(clock, 0, **{name: at * MS for name, at in times.items()}, done=21 * MS)
+    now.now_ns = 21 * MS
+    expect(clock, host_gap=1 * MS, busy=13 * MS, wait_input=7 * MS)
+
+
+def test_from_one_enqueued_plan_to_the_next_is_no_wait_for_a_plan(now):
+    now.now_ns = 0
+    clock = StageClock(now)
+    clock.start()
+    count(clock, 0, after_idle=True, began=10 * MS, done=11 * MS)
+    count(clock, 1, began=11 * MS + 4_000, done=12 * MS)
+    count(clock, 2, began=12 * MS + 40_000, done=13 * MS)
+    count(clock, 3, after_idle=True, began=13 * MS + 4_000, done=14 * MS)
+    now.now_ns = 14 * MS
+    expect(clock, idle=10 * MS + 4_000, busy=4 * MS - 44_000, host_gap=40_000)
+
+
+def test_times_that_run_back_by_an_error_of_the_clocks_count_nothing_twice(now):
+    now.now_ns = 0
+    clock = StageClock(now)
+    clock.start()
+    count(clock, 0, after_idle=True, began=5_000, done=20_000)
+    count(clock, 1, began=18_000, input_wait=19_000, input_there=19_500, done=30_000)
+    now.now_ns = 30_000
+    expect(clock, idle=5_000, busy=25_000)
+
+
+def test_a_trace_of_the_device_has_its_waits_and_plans(now):
+    now.now_ns = 0
+    clock, posted = StageClock(now), []
+    clock.start(PlanRecorder(1, 7, posted.append))
+    times = PlanTimes(0, 0, 100_000, 110_000, 150_000, 200_000, 260_000, 270_000)
+    clock.count(4, times, after_idle=True)
+    trace = posted[0] if posted else clock.recorder.take()
+    assert unpack_i64(trace.plans).tolist() == [4, 100_000, 150_000, 270_000, 270_000]
+    assert unpack_i64(trace.waits).tolist() == [
+        *(StageState.IDLE, 0, 100_000),
+        *(StageState.WAIT_INPUT, 110_000, 150_000),
+        *(StageState.WAIT_OUTPUT, 200_000, 260_000),
+    ]
+
+
+def test_another_clock_leaves_what_did_not_happen_at_zero():
+    assert PlanTimes(0, 0, 5, 6, 0, 7, 0, 9).later_by(100) == (0, 0, 105, 106, 0, 107, 0, 109)

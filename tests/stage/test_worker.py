@@ -85,7 +85,10 @@ class Stage:
         return self.posted[-1]
 
     def start(self, next_handle=None):
-        self.worker.handle(protocol.Start(EPOCH, NUM_BLOCKS, next_handle or {}))
+        """With two stages, the other one's handle."""
+        handle = next_handle or {}
+        self.worker.handle(protocol.Start(EPOCH, NUM_BLOCKS, handle, handle))
+        return self.posted[-1]
 
     def execute(self, execute):
         """What the last stage drew for a plan."""
@@ -136,7 +139,7 @@ def test_loading_reports_progress_then_what_fits(demo_path):
     num_layers = layer_range[1] - layer_range[0]
     assert ready.block_bytes == BLOCK_SIZE * partition.kv_bytes_per_token(cfg, num_layers, 4)
     assert ready.num_blocks == MAX_SLOTS * MAX_MODEL_LEN // BLOCK_SIZE
-    assert ready.handle["path"] == "host_shm"
+    assert list(ready.handle["receiver"]) == list(ready.handle["sender"]) == ["host_shm"]
     assert protocol.decode(protocol.encode(ready)) == ready
 
 
@@ -151,9 +154,10 @@ def test_two_stages_probe_their_edge_and_serve(demo_path, recorded):
     handles = [stage.load().handle for stage in stages]
     for stage, next_handle in zip(stages, reversed(handles), strict=True):
         stage.start(next_handle)
-        assert stage.posted[-1] == protocol.StageStarted(EPOCH, stage.config.stage_index)
+        paths = {edge: {"host_shm": ""} for edge in ("0->1", "1->0")}
+        assert stage.posted[-1] == protocol.StageStarted(EPOCH, stage.config.stage_index, paths)
     edges = ["0->1", "1->0"]
-    messages = [*(protocol.Probe(EPOCH, edge, 99) for edge in edges), *plans]
+    messages = [*(protocol.Probe(EPOCH, edge, "host_shm", 99) for edge in edges), *plans]
     first = threading.Thread(target=stages[0].run, args=messages, daemon=True)
     first.start()
     *reports, drawn = stages[1].run(*messages[:2]), stages[1].run(*plans)
@@ -179,7 +183,7 @@ def test_waits_of_the_probe_are_not_counted(demo_path, recorded):
     handles = [stage.load().handle for stage in stages]
     for stage, next_handle in zip(stages, reversed(handles), strict=True):
         stage.start(next_handle)
-    probes = [protocol.Probe(EPOCH, edge, 99) for edge in ("0->1", "1->0")]
+    probes = [protocol.Probe(EPOCH, edge, "host_shm", 99) for edge in ("0->1", "1->0")]
     second = threading.Thread(target=stages[1].run, args=probes, daemon=True)
     second.start()
     time.sleep(0.5)
@@ -203,8 +207,7 @@ def test_a_stage_that_waits_for_feedback_says_so_and_ends_when_closed(demo_path,
     """Stage 1 does nothing: its tokens never come."""
     plans, _ = recorded
     stages = [Stage(demo_path, index, 2) for index in range(2)]
-    handles = [stage.load().handle for stage in stages]
-    stages[0].start(handles[1])
+    connect(stages)
     first_decode = next(execute.plan for execute in plans if execute.feedback >= 0)
     thread = threading.Thread(target=stages[0].run, args=plans[: first_decode + 1], daemon=True)
     thread.start()
@@ -248,6 +251,18 @@ def test_a_repeated_plan_is_refused(stage, recorded):
     assert failed.plan == 1
 
 
+def connect(stages):
+    """Both stages started and their edges probed."""
+    handles = [stage.load().handle for stage in stages]
+    for stage, handle in zip(stages, reversed(handles), strict=True):
+        stage.start(handle)
+    probes = [protocol.Probe(EPOCH, edge, "host_shm", 99) for edge in ("0->1", "1->0")]
+    first = threading.Thread(target=stages[0].run, args=probes, daemon=True)
+    first.start()
+    stages[1].run(*probes)
+    first.join(END_S)
+
+
 def replace(execute, **changes):
     fields = {name: getattr(execute, name) for name in protocol.Execute.__slots__}
     return protocol.Execute(**(fields | changes))
@@ -256,8 +271,8 @@ def replace(execute, **changes):
 @pytest.mark.parametrize(
     ("message", "text"),
     [
-        (protocol.Start(EPOCH, 8, {}), "got Start before its configuration"),
-        (protocol.Probe(EPOCH, "0->1", 0), "got Probe before its configuration"),
+        (protocol.Start(EPOCH, 8, {}, {}), "got Start before its configuration"),
+        (protocol.Probe(EPOCH, "0->1", "host_shm", 0), "got Probe before its configuration"),
         (protocol.Status(), "cannot take Status"),
     ],
 )
@@ -270,8 +285,8 @@ def test_messages_out_of_order_are_refused(demo_path, message, text):
 def test_phases_come_once(stage):
     for message, text in [
         (stage.config, "a second time"),
-        (protocol.Start(EPOCH, 8, {}), "got Start a second time"),
-        (protocol.Probe(EPOCH, "0->1", 0), "no end of edge 0->1"),
+        (protocol.Start(EPOCH, 8, {}, {}), "got Start a second time"),
+        (protocol.Probe(EPOCH, "0->1", "host_shm", 0), "no end of edge 0->1"),
     ]:
         [failed] = stage.run(message)
         assert text in failed.text
@@ -340,7 +355,7 @@ def test_state_that_does_not_fit_beside_the_weights_asks_for_less_of_it(demo_pat
     stage = Stage(demo_path)
     stage.load()
     monkeypatch.setattr("ember_pp.stage.worker.Sampler", out_of_memory)
-    [failed] = stage.run(protocol.Start(EPOCH, NUM_BLOCKS, {}))
+    [failed] = stage.run(protocol.Start(EPOCH, NUM_BLOCKS, {}, {}))
     assert "; lower cache.memory_gib or scheduler.max_tokens_per_plan" in lost_memory(failed)
 
 
@@ -484,11 +499,11 @@ def test_two_stage_processes_serve_explain_a_wait_and_end_when_told(
         coordinator.send(index, make_config(demo_path, index, 2))
     ready = sorted(coordinator.expect(protocol.StageReady, 2), key=lambda r: r.stage_index)
     for index, handle in enumerate((ready[1].handle, ready[0].handle)):
-        coordinator.send(index, protocol.Start(EPOCH, NUM_BLOCKS, handle))
+        coordinator.send(index, protocol.Start(EPOCH, NUM_BLOCKS, handle, handle))
     coordinator.expect(protocol.StageStarted, 2)
     for edge in ("0->1", "1->0"):
         for index in range(2):
-            coordinator.send(index, protocol.Probe(EPOCH, edge, 4))
+            coordinator.send(index, protocol.Probe(EPOCH, edge, "host_shm", 4))
     assert all(report.is_ok for report in coordinator.expect(protocol.ProbeReport, 4))
 
     for process in coordinator.processes:  # a Ctrl-C goes to the whole terminal
@@ -518,7 +533,7 @@ def test_last_words_arrive_before_exit_1(coordinate):
     """Bytes that are no message; and a message that makes the worker fail."""
     coordinator = coordinate(2)
     coordinator.send(0, b"\xc1 no message")
-    coordinator.send(1, protocol.Start(EPOCH, 1, {}))
+    coordinator.send(1, protocol.Start(EPOCH, 1, {}, {}))
     failed = sorted(coordinator.expect(protocol.StageFailed, 2), key=lambda f: f.stage_index)
     assert [message.stage_index for message in failed] == [0, 1]
     assert "not a message" in failed[0].text

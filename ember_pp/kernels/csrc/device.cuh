@@ -107,6 +107,21 @@ __device__ __forceinline__ float block_sum(float x) {
   return lane_sum<kWarpSize>(lane < num_warps ? warp_sums[lane] : 0.0f);
 }
 
+/* Of the card, in nanoseconds: the same for all processes that use it. */
+__device__ __forceinline__ i64 card_time() {
+  i64 time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+  return time;
+}
+
+/* To memory that the host or another card looks at meanwhile. */
+__device__ __forceinline__ void store_seen(i64* address, i64 value) {
+  asm volatile("st.volatile.global.s64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+__device__ __forceinline__ void store_seen(u32* address, u32 value) {
+  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
 /*
  * Programmatic dependent launch (sm_90 and later; elsewhere a kernel starts when the one before
  * has ended, and both of these do nothing).

@@ -4,11 +4,14 @@
  * What       begin_step: takes new blocks into the block table, and expands the rows of a plan to
  *            the inputs of its tokens, rows and draws, with padding behind them
  *            end_step: last_tokens[slots[n]] = max(drawn[n], 0) where slots[n] is not negative;
- *            what was drawn, as int32, on the device and in memory of the host, then a mark there
+ *            what was drawn, as int32, on the device and in memory of the host, then a mark there;
+ *            pairs (slots[n], max(drawn[n], 0)) for the first stage
+ *            leave_stage: output = residual + added, rounded
+ *            all three write the time, as words of the plan's record in memory of the host
  * Shapes     words: 4 per row, 3 per new block, then the token ids of chunks; see
  *            ember_pp/kernels/step_state.py for these and all others
- * Types      whole numbers
- * Mapping    one thread block each. begin_step: a thread per row, with sums over the rows before
+ * Types      whole numbers; leave_stage: fp32 or bf16, added in fp32
+ * Mapping    one thread block each; leave_stage a grid over the elements. begin_step: a thread per row, with sums over the rows before
  *            it, then a thread per token, which finds its row by halving
  * Requires   begin_step is launched so that nothing overlaps with it: it writes what later kernels
  *            of the step read before they wait (device.cuh)
@@ -16,7 +19,8 @@
  *            copy would cost more than it moves. The mark is written after the tokens are visible
  * Bound      launch latency; for many tokens, loads that depend on each other
  * Tried      copying packed inputs of all rows and tokens: 15 operations of the host for each plan
- * Test       tests/kernels/test_begin_step.py, tests/kernels/test_end_step.py
+ * Test       tests/kernels/test_begin_step.py, tests/kernels/test_end_step.py,
+ *            tests/kernels/test_leave_stage.py
  *            Bench  python -m benchmarks.steps
  * Source     the rows of a plan, docs/protocol.md
  */
@@ -26,6 +30,11 @@ namespace ember {
 
 constexpr int kBeginThreads = 1024;
 constexpr int kEndThreads = 256;
+constexpr int kLeaveThreads = 256;
+
+/* Words of a plan's record: PlanTimes in ember_pp/stage/timing.py. */
+constexpr int kRecordWords = 8;
+constexpr int kBegan = 2, kInputWait = 3, kOutputWait = 5;
 
 struct PlanWords {
   const int* words;
@@ -47,6 +56,7 @@ struct StepState {
   int* sample_slots;
   i64* sample_positions;
   i64* turn_and_mark;
+  i64* records;
   int table_width, max_rows, block_size;
 };
 
@@ -136,6 +146,8 @@ __device__ __forceinline__ int row_of(int token, const int* starts, int low, int
 __global__ void __launch_bounds__(kBeginThreads)
     begin_step_kernel(PlanWords plan, StepState step) {
   wait_for_previous_kernel();
+  i64* const record = step.records + plan.turn * kRecordWords;
+  if (threadIdx.x == 0) store_seen(record + kBegan, card_time());
   const int* new_blocks = plan.words + 4 * plan.num_rows;
   for (int i = threadIdx.x; i < plan.num_new_blocks; i += kBeginThreads) {
     const int slot = load_word(new_blocks + 3 * i), column = load_word(new_blocks + 3 * i + 1);
@@ -171,12 +183,15 @@ __global__ void __launch_bounds__(kBeginThreads)
     step.positions[t] = position;
     step.slot_mapping[t] = mapped;
   }
+  __syncthreads();
+  if (threadIdx.x == 0) store_seen(record + kInputWait, card_time());
 }
 
 /* `results` has a row of `row_words` words for each turn, an even number. */
 __global__ void __launch_bounds__(kEndThreads)
     end_step_kernel(const i64* drawn, const int* slots, i64* last_tokens, int* output,
-                    const i64* turn_and_mark, int* results, int num_drawn, int row_words) {
+                    int2* pairs, const i64* turn_and_mark, int* results, i64* records,
+                    int num_drawn, int row_words) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   int* const result = results + turn_and_mark[0] * row_words;
@@ -186,14 +201,42 @@ __global__ void __launch_bounds__(kEndThreads)
     output[n] = static_cast<int>(token);
     result[2 + n] = static_cast<int>(token);
     if (last_tokens != nullptr && slot >= 0) last_tokens[slot] = token < 0 ? 0 : token;
+    pairs[n] = make_int2(slot, token < 0 ? 0 : static_cast<int>(token));
   }
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x == 0) {
+    store_seen(records + turn_and_mark[0] * kRecordWords + kOutputWait, card_time());
     asm volatile("st.volatile.global.v2.s32 [%0], {%1, %2};" ::"l"(result),
                  "r"(static_cast<int>(turn_and_mark[1])),
                  "r"(static_cast<int>(turn_and_mark[1] >> 32))
                  : "memory");
+  }
+}
+
+/* `added` may be null: then a copy. */
+template <typename Element, int kCount>
+__global__ void __launch_bounds__(kLeaveThreads)
+    leave_stage_kernel(const Element* residual, const Element* added, Element* output,
+                       const i64* turn_and_mark, i64* records, i64 num_packs) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const i64 stride = static_cast<i64>(gridDim.x) * kLeaveThreads;
+  for (i64 pack = blockIdx.x * kLeaveThreads + threadIdx.x; pack < num_packs; pack += stride) {
+    Pack<Element, kCount> sum, other;
+    sum.load(residual + pack * kCount);
+    if (added != nullptr) {
+      other.load(added + pack * kCount);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        sum.values[i] =
+            from_float<Element>(to_float(sum.values[i]) + to_float(other.values[i]));
+      }
+    }
+    sum.store(output + pack * kCount);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    store_seen(records + turn_and_mark[0] * kRecordWords + kOutputWait, card_time());
   }
 }
 

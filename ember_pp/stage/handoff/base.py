@@ -10,13 +10,14 @@ so each side waits on its own flag and neither needs to know how far the other i
 number and token count beside the flags are checked by the receiver.
 
     path          slot memory                flags
+    cuda_ipc      device memory by IPC       waited for on the device: no host on the path
     host_shm      anonymous shared memory    process-shared semaphores; the host thread sleeps
-    cuda_ipc      device memory by IPC       later: stream memory operations, no host on the path
     collective    torch.distributed          later: for edges between hosts
 
-Each end counts its waits on the ``StageClock`` of its stage. A path whose waits happen on the
-device enqueues them in ``receive``, ``release`` and ``send`` and returns at once; the clock then
-sees host time only.
+An end is made, exchanges handles with the other end (``handle``, ``connect``), is probed, used,
+closed and at last freed. A path that waits on the host counts its waits on the ``StageClock`` of
+its stage. One that waits on the device enqueues all that it does and returns at once; it has the
+card write its times where the caller says (``at``), if anywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ember_pp.errors import HandoffError
+from ember_pp.errors import HandoffError, ProtocolError
 from ember_pp.stage.timing import StageClock
 
 
@@ -66,7 +67,7 @@ class RingShape:
         return dataclasses.asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def check_handle(self, handle: Mapping[str, Any], edge: Edge) -> None:
-        """Compare with the receiver's end.
+        """Compare with the other end.
 
         Raises:
             HandoffError: the handle states another shape or dtype; names edge and field.
@@ -74,8 +75,7 @@ class RingShape:
         for name, expected in self.to_plain().items():
             if handle.get(name) != expected:
                 raise HandoffError(
-                    f"edge {edge}: {name} is {expected} at the sender, "
-                    f"{handle.get(name)} at the receiver"
+                    f"edge {edge}: {name} is {expected} at one end, {handle.get(name)} at the other"
                 )
 
 
@@ -107,6 +107,8 @@ class _End(abc.ABC):
     """What both ends of an edge have in common."""
 
     path: ClassVar[str]
+    waits_on_device: ClassVar[bool] = False
+    """Whether its waits are enqueued, and happen behind the host's back."""
 
     def __init__(self, edge: Edge, shape: RingShape, clock: StageClock | None) -> None:
         self.edge = edge
@@ -115,21 +117,62 @@ class _End(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def handle(self) -> dict[str, Any]:
+        """What the other end needs of this one: ``path``, ``RingShape.to_plain`` and its own."""
+
+    @abc.abstractmethod
+    def connect(self, handle: Mapping[str, Any]) -> None:
+        """Reach the other end by its ``handle``; before anything is received or sent.
+
+        Raises:
+            HandoffError: the two ends differ in path, shape or dtype, or the other one cannot be
+                reached; names the edge.
+        """
+
+    def prepare(self) -> None:  # noqa: B027  on most paths nothing
+        """Take the memory that is only needed if this path is used; before its first message.
+
+        Raises:
+            HandoffError: there is too little.
+        """
+
+    @property
+    @abc.abstractmethod
     def wait(self) -> Wait | None:
-        """The wait that is going on, if any; may be read from any thread."""
+        """The wait of the host that is going on, if any; may be read from any thread."""
+
+    def settle(self, *, timeout_s: float = math.inf) -> None:  # noqa: B027  as above
+        """Wait until everything that was enqueued is done, and see that it was right.
+
+        Raises:
+            DeadlineExceededError: it was not done within ``timeout_s``.
+            ProtocolError, HandoffError: as ``check``.
+        """
+
+    def check(self) -> None:  # noqa: B027  on most paths nothing
+        """See that what the device has received so far was right, without waiting for it.
+
+        Raises:
+            ProtocolError: a slot held another plan or token count; names edge, plan, slot.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End this side's waits with ``HandoffError``; any thread, any number of times."""
+        """End this side's waits for good; any thread, any number of times.
+
+        What waits on the host raises ``HandoffError``, and so does what comes later.
+        """
+
+    def disconnect(self) -> None:
+        """Let go of the other end's memory, once nothing uses it any more; closes first."""
+        self.close()
+
+    def free(self) -> None:  # noqa: B027  on most paths nothing
+        """Give back this end's own memory: the other end has disconnected."""
 
 
 class Receiver(_End):
     """The end that owns the ring. One plan is read at a time, by one thread at a time."""
-
-    @property
-    @abc.abstractmethod
-    def handle(self) -> dict[str, Any]:
-        """How the sender opens this ring: ``path``, ``RingShape.to_plain`` and the path's own."""
 
     @abc.abstractmethod
     def receive(self, plan: int, num_tokens: int, *, timeout_s: float = math.inf) -> Tensor:
@@ -140,23 +183,68 @@ class Receiver(_End):
 
         Raises:
             ProtocolError: the slot holds another plan or token count; names edge, plan, slot.
+                Where the wait is on the device: by ``check``, later.
             HandoffError: the edge was closed.
-            DeadlineExceededError: nothing came within ``timeout_s``.
+            DeadlineExceededError: nothing came within ``timeout_s``. Where the wait is on the
+                device: by ``settle``.
         """
 
     @abc.abstractmethod
     def release(self, plan: int) -> None:
         """The hidden states of ``plan`` have been read: give the slot back to the sender."""
 
+    def receive_into(self, plan: int, output: Tensor, *, at: int = 0) -> None:
+        """Copy the hidden states of ``plan`` to ``output``, [T, hidden_size] on this device, and
+        give the slot back.
+
+        Args:
+            plan: to be received.
+            output: contiguous.
+            at: address in pinned memory for the card's time at which the message was there, as
+                i64; 0: none. Ignored where the wait is on the host.
+
+        Raises: as ``receive``.
+        """
+        output.copy_(self.receive(plan, len(output)))
+        self.release(plan)
+
+    def receive_pairs(
+        self, plan: int, num_pairs: int, target: Tensor, *, ready_at: int = 0, at: int = 0
+    ) -> None:
+        """A message of pairs (index, value), [num_pairs, 2] int32: ``target[index] = value``.
+
+        Args:
+            plan: to be received.
+            num_pairs: in its message.
+            target: [M] int64 on this device; indices are distinct.
+            ready_at: as ``at``, for the time at which the wait began.
+            at: as in ``receive_into``.
+
+        Raises: as ``receive``.
+        """
+        pairs = self.receive(plan, num_pairs)
+        target[pairs[:, 0].long()] = pairs[:, 1].long()
+        self.release(plan)
+
 
 class Sender(_End):
     """The end that writes. One plan is written at a time, by one thread at a time."""
 
     @abc.abstractmethod
-    def send(self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf) -> None:
+    def send(
+        self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf, at: int = 0
+    ) -> None:
         """Write ``hidden_states``, ``[T, hidden_size]`` on this stage's device, as ``plan``.
 
-        ``hidden_states`` may be overwritten once this returns.
+        ``hidden_states`` may be overwritten once this returns, by what the stream does next.
+
+        Args:
+            plan: its number.
+            hidden_states: contiguous.
+            timeout_s: for the slot to be given back, where the wait is on the host.
+            at: address in pinned memory for two of the card's times, as i64: when the slot was
+                free, and when the message was in it; 0: none. Ignored where the wait is on the
+                host.
 
         Raises:
             ProtocolError: more tokens than a slot holds, or another hidden size or dtype.
@@ -172,3 +260,24 @@ class Sender(_End):
             HandoffError: the edge was closed.
             DeadlineExceededError: a slot was not given back within ``timeout_s``.
         """
+
+    def check_message(self, plan: int, hidden_states: Tensor) -> int:
+        """The number of tokens of a message that fits.
+
+        Raises:
+            ProtocolError: it does not fit.
+        """
+        shape, size = self.shape, hidden_states.shape
+        num_tokens: int = size[0]
+        if (
+            len(size) != 2
+            or size[1] != shape.hidden_size
+            or num_tokens > shape.max_tokens
+            or hidden_states.dtype != shape.dtype
+        ):
+            raise ProtocolError(
+                f"edge {self.edge}, plan {plan}: hidden states {list(size)} "
+                f"{hidden_states.dtype}; a slot takes [at most {shape.max_tokens}, "
+                f"{shape.hidden_size}] {shape.dtype}"
+            )
+        return num_tokens

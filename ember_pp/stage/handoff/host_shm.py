@@ -54,17 +54,22 @@ _logger = logging.getLogger(__name__)
 class _Ring:
     """The mapped memory of one edge, seen from one side."""
 
-    def __init__(self, fd: int, shape: RingShape, device: torch.device) -> None:
+    def __init__(self, fd: int, shape: RingShape) -> None:
         self.shape = shape
         self.memory = mmap.mmap(fd, ring_bytes(shape))
         self._anchor = ctypes.c_char.from_buffer(self.memory)
-        address = ctypes.addressof(self._anchor)
+        address = self._address = ctypes.addressof(self._anchor)
         flags = [address + _PAGE_BYTES + _FLAGS_BYTES * slot for slot in range(shape.num_slots)]
         self.ready = [SharedSemaphore(flag) for flag in flags]
         self.free = [SharedSemaphore(flag + _FREE_OFFSET) for flag in flags]
         self.slots = [self._slot_tensor(slot) for slot in range(shape.num_slots)]
-        if device.type == "cuda":
-            _pin(self, address, ring_bytes(shape))
+        self._is_pinned = False
+
+    def pin(self) -> None:
+        """Register the mapping with CUDA, once, so that copies run without a staging buffer."""
+        if not self._is_pinned:
+            self._is_pinned = True
+            _pin(self, self._address, ring_bytes(self.shape))
 
     def _slot_tensor(self, slot: int) -> Tensor:
         shape = self.shape
@@ -158,7 +163,7 @@ class HostShmReceiver(Receiver):
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._fd = _create_memory(edge, ring_bytes(shape))
         weakref.finalize(self, os.close, self._fd)
-        self._ring = _Ring(self._fd, shape, device)
+        self._ring = _Ring(self._fd, shape)
         for ready, free in zip(self._ring.ready, self._ring.free, strict=True):
             ready.initialise(0)
             free.initialise(1)
@@ -170,11 +175,19 @@ class HostShmReceiver(Receiver):
     def handle(self) -> dict[str, Any]:
         return self.shape.to_plain() | {
             "path": self.path,
-            "host": _host_id(),
+            "host": host_id(),
             "pid": os.getpid(),
             "fd": self._fd,
             "nonce": self._nonce.hex(),
         }
+
+    def connect(self, handle: Mapping[str, Any]) -> None:
+        self.shape.check_handle(handle, self.edge)
+
+    def prepare(self) -> None:
+        _allocate(self.edge, self._fd, ring_bytes(self.shape))
+        if self._device.type == "cuda":
+            self._ring.pin()
 
     @property
     def wait(self) -> Wait | None:
@@ -208,10 +221,9 @@ class HostShmReceiver(Receiver):
 
 
 class HostShmSender(Sender):
-    """Writes into the ring that ``handle`` describes.
+    """Writes into the ring of a ``HostShmReceiver``.
 
-    Raises:
-        HandoffError: another shape, another host, or the memory cannot be opened; names the edge.
+    Args: as of ``HostShmReceiver``.
     """
 
     path = "host_shm"
@@ -221,61 +233,82 @@ class HostShmSender(Sender):
         edge: Edge,
         shape: RingShape,
         device: torch.device,
-        handle: Mapping[str, Any],
         clock: StageClock | None = None,
     ) -> None:
         super().__init__(edge, shape, clock)
-        shape.check_handle(handle, edge)
         self._device = device
-        fd = _open_memory(edge, handle)
-        try:
-            self._ring = _Ring(fd, shape, device)
-        except (OSError, ValueError) as error:  # mmap: the file is not as long as it must be
-            raise HandoffError(f"edge {edge}: {_foreign(handle)}: {error}") from None
-        finally:
-            os.close(fd)
-        proof = _MAGIC + bytes.fromhex(str(handle["nonce"]))
-        if self._ring.memory[: len(proof)] != proof:
-            raise HandoffError(f"edge {edge}: {_foreign(handle)}: not the ring of this handle")
-        self._flags = _Flags(edge, self._ring.free, self._clock, is_for_ready=False)
+        self._connected: _Connected | None = None
+        self._is_closed = False
+
+    @property
+    def handle(self) -> dict[str, Any]:
+        return self.shape.to_plain() | {"path": self.path}
+
+    def connect(self, handle: Mapping[str, Any]) -> None:
+        self.shape.check_handle(handle, self.edge)
+        self._connected = _Connected(self.edge, self.shape, handle, self._clock)
+
+    @property
+    def _other(self) -> _Connected:
+        if self._connected is None or self._is_closed:
+            raise HandoffError(f"edge {self.edge}: closed, or not connected yet")
+        return self._connected
+
+    def prepare(self) -> None:
+        _allocate(self.edge, self._other.fd, ring_bytes(self.shape))
+        if self._device.type == "cuda":
+            self._other.ring.pin()
 
     @property
     def wait(self) -> Wait | None:
-        return self._flags.current
+        return None if self._connected is None else self._connected.flags.current
 
-    def send(self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf) -> None:
-        num_tokens = self._check(plan, hidden_states)
+    def send(
+        self, plan: int, hidden_states: Tensor, *, timeout_s: float = math.inf, at: int = 0
+    ) -> None:
+        num_tokens = self.check_message(plan, hidden_states)
         slot = plan % self.shape.num_slots
-        self._flags.take(plan, slot, timeout_s)
+        self._other.flags.take(plan, slot, timeout_s)
+        ring = self._other.ring
         is_cuda = self._device.type == "cuda"
-        self._ring.slots[slot][:num_tokens].copy_(hidden_states, non_blocking=is_cuda)
-        self._ring.write_tag(slot, plan, num_tokens)
+        ring.slots[slot][:num_tokens].copy_(hidden_states, non_blocking=is_cuda)
+        ring.write_tag(slot, plan, num_tokens)
         if is_cuda:
             torch.cuda.current_stream(self._device).synchronize()
         self._clock.mark_sent()
-        self._ring.ready[slot].post()
-
-    def _check(self, plan: int, hidden_states: Tensor) -> int:
-        shape, num_tokens = self.shape, hidden_states.shape[0]
-        if (
-            hidden_states.shape != (num_tokens, shape.hidden_size)
-            or num_tokens > shape.max_tokens
-            or hidden_states.dtype != shape.dtype
-        ):
-            raise ProtocolError(
-                f"edge {self.edge}, plan {plan}: hidden states {list(hidden_states.shape)} "
-                f"{hidden_states.dtype}; a slot takes [at most {shape.max_tokens}, "
-                f"{shape.hidden_size}] {shape.dtype}"
-            )
-        return num_tokens
+        ring.ready[slot].post()
 
     def drain(self, *, timeout_s: float = math.inf) -> None:
-        for slot, free in enumerate(self._ring.free):
-            self._flags.take(slot, slot, timeout_s)
+        for slot, free in enumerate(self._other.ring.free):
+            self._other.flags.take(slot, slot, timeout_s)
             free.post()
 
     def close(self) -> None:
-        self._flags.close()
+        self._is_closed = True
+        if self._connected is not None:
+            self._connected.flags.close()
+
+
+class _Connected:
+    """The sender's view of the ring that ``handle`` describes.
+
+    Raises:
+        HandoffError: another host, or the memory cannot be opened; names the edge.
+    """
+
+    def __init__(
+        self, edge: Edge, shape: RingShape, handle: Mapping[str, Any], clock: StageClock
+    ) -> None:
+        self.fd = _open_memory(edge, handle)
+        weakref.finalize(self, os.close, self.fd)
+        try:
+            self.ring = _Ring(self.fd, shape)
+        except (OSError, ValueError) as error:  # mmap: the file is not as long as it must be
+            raise HandoffError(f"edge {edge}: {_foreign(handle)}: {error}") from None
+        proof = _MAGIC + bytes.fromhex(str(handle["nonce"]))
+        if self.ring.memory[: len(proof)] != proof:
+            raise HandoffError(f"edge {edge}: {_foreign(handle)}: not the ring of this handle")
+        self.flags = _Flags(edge, self.ring.free, clock, is_for_ready=False)
 
 
 def ring_bytes(shape: RingShape) -> int:
@@ -291,7 +324,8 @@ def _round_to_page(size: int) -> int:
     return -(-size // _PAGE_BYTES) * _PAGE_BYTES
 
 
-def _host_id() -> str:
+def host_id() -> str:
+    """The same for all processes of a host until it starts anew."""
     return _BOOT_ID_FILE.read_text().strip()
 
 
@@ -304,16 +338,19 @@ def _create_memory(edge: Edge, size: int) -> int:
             "scheduler.max_tokens_per_plan or pipeline.max_in_flight"
         )
     fd = os.memfd_create(f"ember-pp ring {edge}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)  # no page is there before it is needed: see _allocate
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
+
+
+def _allocate(edge: Edge, fd: int, size: int) -> None:
+    """Before it is used: memory that runs out later would end both processes with SIGBUS."""
     try:
-        # Allocated now: memory that runs out later would end both processes with SIGBUS.
         os.posix_fallocate(fd, 0, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError as error:
-        os.close(fd)
         raise HandoffError(
             f"edge {edge}: {size} bytes of shared memory: {error.strerror}"
         ) from None
-    return fd
 
 
 def _foreign(handle: Mapping[str, Any]) -> str:
@@ -321,7 +358,7 @@ def _foreign(handle: Mapping[str, Any]) -> str:
 
 
 def _open_memory(edge: Edge, handle: Mapping[str, Any]) -> int:
-    if handle.get("host") != _host_id():
+    if handle.get("host") != host_id():
         raise HandoffError(
             f"edge {edge}: host_shm needs both stages on one host; the receiver runs on another"
         )

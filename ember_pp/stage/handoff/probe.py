@@ -36,6 +36,7 @@ def probe_sender(
     started = time.monotonic()
     num_bytes = 0
     try:
+        sender.prepare()
         for plan, num_tokens in _messages(sender.shape):
             pattern = _pattern(sender.shape, seed, plan, num_tokens)
             sender.send(plan, pattern.to(device), timeout_s=timeout_s)
@@ -53,9 +54,12 @@ def probe_receiver(
     started = time.monotonic()
     num_bytes, wrong = 0, ""
     try:
+        receiver.prepare()
         for plan, num_tokens in _messages(receiver.shape):
             expected = _pattern(receiver.shape, seed, plan, num_tokens)
-            received = receiver.receive(plan, num_tokens, timeout_s=timeout_s).cpu()
+            received = receiver.receive(plan, num_tokens, timeout_s=timeout_s)
+            receiver.settle(timeout_s=timeout_s)
+            received = received.cpu()
             # Compared before the release: what was received may be the slot itself.
             difference = _first_difference(expected, received)
             receiver.release(plan)
