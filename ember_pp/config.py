@@ -17,6 +17,7 @@ from ember_pp.config_checks import at_least, check_devices, check_shard, check_s
 from ember_pp.config_values import build_dataclass
 from ember_pp.errors import ConfigError, InvalidRequestError
 from ember_pp.sampling_params import SamplingParams, SamplingSizes
+from ember_pp.supervisor_settings import SupervisorSettings
 
 ON_GPUS = "on_gpus"
 """Metadata of a field that has another default where stages run on GPUs."""
@@ -557,6 +558,7 @@ class Config:
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
     shutdown: ShutdownSettings = dataclasses.field(default_factory=ShutdownSettings)
+    supervisor: SupervisorSettings = dataclasses.field(default_factory=SupervisorSettings)
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     trace: TraceSettings = dataclasses.field(default_factory=TraceSettings)
     debug: DebugSettings = dataclasses.field(default_factory=DebugSettings)

@@ -284,11 +284,12 @@ class StageHello(Message):
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageProgress(Message):
-    """A phase of starting that takes time, and how far it is."""
+    """A phase that takes time, and how far it is."""
 
     TAG: ClassVar[str] = "stage_progress"
     stage_index: int
     phase: str
+    """``weights``, ``compiling`` or ``capturing``; empty: the last one is over."""
     num_done: int
     num_total: int
 
@@ -399,12 +400,35 @@ class StageTrace(Message):
 
 @_register
 @dataclasses.dataclass(frozen=True, slots=True)
+class Heartbeat(Message):
+    """Comes back as it is from every stage process that is alive (``sockets.Heart``)."""
+
+    TAG: ClassVar[str] = "heartbeat"
+    count: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tally(Message):
+    """How many messages its sender has sent over this connection before this one.
+
+    The receiver has counted as many, or one was lost or repeated.
+    """
+
+    TAG: ClassVar[str] = "tally"
+    num_messages: int
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
 class StageFailed(Message):
-    """A stage raised and ends."""
+    """A stage raised. Its process ends, or the epoch is over for it and it waits for ``Renew``."""
 
     TAG: ClassVar[str] = "stage_failed"
     epoch: int
     stage_index: int
+    is_ending: bool
+    """True: the process ends. False: what failed lies between processes; this one is sound."""
     plan: int
     error: dict[str, Any]
     """``EmberError.to_wire`` when it raised one of ours, else empty."""
@@ -457,6 +481,15 @@ class Start(Message):
     """The next stage's ``StageReady.handle``; the first stage's for the last."""
     previous_handle: dict[str, Any]
     """The one before's; the last stage's for the first."""
+
+
+@_register
+@dataclasses.dataclass(frozen=True, slots=True)
+class Renew(Message):
+    """A new epoch: forget all but the weights, and answer ``StageReady`` with a new ring."""
+
+    TAG: ClassVar[str] = "renew"
+    epoch: int
 
 
 @_register

@@ -8,6 +8,7 @@ CURVE keys: every byte is then encrypted, and only clients whose keys are allowe
     RouterSocket        coordinator side: many peers, each with an identity
     DealerSocket        client and stage side: one peer
     AsyncDealerSocket   the same for asyncio
+    Heart               stage side: returns heartbeats without running Python
     PrivateDirectory    a 0700 folder for ``ipc://`` sockets that leaves nothing behind
     ServerKeys          what a router with CURVE needs
     ClientKeys          what a dealer with CURVE needs
@@ -28,6 +29,7 @@ import socket
 import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -432,6 +434,42 @@ class DealerSocket:
         self._socket.close(linger=linger_ms)
         os.close(self._wake_reader)
         os.close(self._wake_writer)
+
+
+def heart_of(identity: bytes) -> bytes:
+    """Identity of the ``Heart`` of the process whose other socket has ``identity``."""
+    return b"heart-" + identity
+
+
+class Heart:
+    """Sends back to the coordinator whatever it sends here, for as long as the process runs.
+
+    A thread that stays inside libzmq does it, with an I/O thread of its own: it needs neither
+    the interpreter's lock nor anything that the other threads hold. So what comes back says
+    that the process is there and gets time to run, and no more than that.
+
+    Args:
+        address: where the coordinator listens.
+        identity: of the process's other socket; the coordinator names this one ``heart_of`` it.
+    """
+
+    def __init__(self, address: str, *, identity: bytes) -> None:
+        check_address(address)
+        self._context = zmq.Context()
+        dealer = _connect_dealer(self._context, address, heart_of(identity), keys=None)
+        self._thread = threading.Thread(target=_echo, args=(dealer,), name="heart", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._context.term()
+        self._thread.join()
+
+
+def _echo(dealer: Any) -> None:
+    with contextlib.suppress(zmq.ContextTerminated):
+        zmq.proxy(dealer, dealer)
+    dealer.close(linger=0)
 
 
 class AsyncDealerSocket:

@@ -19,6 +19,7 @@ from ember_pp.sockets import (
     ClientKeys,
     DealerSocket,
     Delivery,
+    Heart,
     KeyPair,
     PrivateDirectory,
     RouterSocket,
@@ -26,6 +27,7 @@ from ember_pp.sockets import (
     can_be_reached_from_elsewhere,
     check_address,
     default_address,
+    heart_of,
     wait_readable,
 )
 
@@ -173,6 +175,42 @@ def test_a_peer_that_goes_wakes_the_poll_and_cannot_be_sent_to(router):
     assert router.send(b"stays", protocol.CancelReply(7))
     assert stays.receive(5.0) == protocol.CancelReply(7)
     stays.close()
+
+
+HOLDS_THE_LOCK = """
+import ctypes, sys
+from ember_pp.sockets import Heart
+heart = Heart(sys.argv[1], identity=b"p")
+print("begins", flush=True)
+ctypes.PyDLL(None).sleep(2)  # a call into C that keeps the interpreter's lock
+"""
+
+
+def test_heartbeats_return_while_no_python_runs(router):
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, router.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begins\n"
+        deadline_s = time.monotonic() + 1.0
+        while not router.send(heart_of(b"p"), protocol.Heartbeat(0)):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        for count in range(1, 6):
+            router.send(heart_of(b"p"), protocol.Heartbeat(count))
+            time.sleep(0.02)
+        beats = [message for _, message in router.receive_all()]
+        assert process.poll() is None, "the call was over too soon for this to mean anything"
+        process.kill()
+    assert beats == [protocol.Heartbeat(count) for count in range(6)]
+
+
+def test_a_heart_that_is_closed_is_gone(router):
+    heart = Heart(router.address, identity=b"p")
+    wait_readable([router], [], 0.05)
+    assert router.send(heart_of(b"p"), protocol.Heartbeat(0))
+    heart.close()
+    wait_readable([router], [], 0.05)
+    assert not heart._thread.is_alive()
+    assert not router.send(heart_of(b"p"), protocol.Heartbeat(1))
 
 
 def test_an_address_in_use_is_refused(router, directory):

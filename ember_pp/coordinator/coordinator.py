@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import resource
 import sys
 import time
@@ -52,7 +53,6 @@ _MAX_CLIENT_MESSAGES_PER_TURN = 64
 _HANG_UP_FACTOR = 2
 """A message above ``coordinator.max_message_bytes`` is answered; of this many times as much the
 sender's connection ends, before it is all in memory."""
-_START_CHECK_INTERVAL_S = 0.5
 _GONE_CHECK_DELAY_S = 0.1
 """From a broken connection to looking who is gone: the socket may hear of it a little later."""
 _NO_TOKEN = (
@@ -165,8 +165,9 @@ class Coordinator:
         for pipeline in self._pipelines:
             for sequence, token_id, logprobs in pipeline.take_messages():
                 self._on_token(sequence, token_id, logprobs)
-            if readable or not self._is_ready:
+            if readable or not pipeline.is_ready:
                 pipeline.check()
+            pipeline.watch()
         if not self._is_ready:
             self._open_when_ready()
         if self._admission.descriptor in readable:
@@ -181,15 +182,13 @@ class Coordinator:
         if self._metrics is not None and self._metrics.request_descriptor in readable:
             self._metrics.publish(self.status())
 
-    def _timeout_s(self) -> float | None:
+    def _timeout_s(self) -> float:
         """How long the loop may sleep."""
-        times_s = [
+        moments_s = [pipeline.next_watch_s for pipeline in self._pipelines]
+        moments_s += [
             at_s for at_s in (self._gone_check_at_s, self._drain_until_s) if at_s is not None
         ]
-        waits_s = [max(0.0, at_s - time.monotonic()) for at_s in times_s]
-        if not self._is_ready:
-            waits_s.append(_START_CHECK_INTERVAL_S)
-        return min(waits_s, default=None)
+        return max(0.0, min(moments_s) - time.monotonic())
 
     def _open_when_ready(self) -> None:
         """Let in what waited for the start, once every replica can take it."""
@@ -297,7 +296,11 @@ class Coordinator:
             self._waiting_for_start.append(request)
             return
         if len(self._pipelines) > 1:
-            loads = [pipeline.load_tokens for pipeline in self._pipelines]
+            are_ready = [pipeline.is_ready for pipeline in self._pipelines]
+            loads = [
+                pipeline.load_tokens if pipeline.is_ready or not any(are_ready) else math.inf
+                for pipeline in self._pipelines
+            ]
             request.replica = self._router.choose(request.sequence.prompt_ids, loads)
         scheduler = self._pipelines[request.replica].scheduler
         assert scheduler is not None, "a coordinator that is ready has schedulers"
@@ -400,7 +403,10 @@ class Coordinator:
     def _phase(self) -> str:
         if self._draining is not None:
             return "draining"
-        return "ready" if self._is_ready else "loading"
+        if not self._is_ready:
+            return "loading"
+        is_whole = all(pipeline.is_ready for pipeline in self._pipelines)
+        return "ready" if is_whole else "renewing"
 
     def status(self) -> dict[str, Any]:
         """The map that ``StatusReply`` carries; ``docs/protocol.md`` lists its keys."""
@@ -412,6 +418,7 @@ class Coordinator:
         return {
             "version": __version__,
             "phase": self._phase,
+            "problems": [part["problem"] for part in parts if part["problem"]],
             "model": {
                 "path": self._config.model.path,
                 "model_type": model.model_type,

@@ -37,6 +37,7 @@ _SCALARS = MappingProxyType(
         "blocks": ("num_blocks", "gauge", "KV blocks."),
         "blocks_free": ("num_free_blocks", "gauge", "KV blocks that hold nothing in use."),
         "blocks_cached": ("num_cached_blocks", "gauge", "Free blocks with a reusable prefix."),
+        "restarts_total": ("num_restarts", "counter", "Failures of stages that were got over."),
         "preemptions_total": (
             "num_preemptions",
             "counter",

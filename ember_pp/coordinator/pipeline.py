@@ -6,20 +6,24 @@ and plans; clients, text and requests stay with the coordinator.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ember_pp import protocol
 from ember_pp.config import Config
 from ember_pp.coordinator.launcher import Launcher
+from ember_pp.coordinator.plan_watch import PlanWatch, who_is_late
 from ember_pp.coordinator.policy import POLICIES
 from ember_pp.coordinator.preparation import Preparation
 from ember_pp.coordinator.scheduler import Scheduler, plan_to_execute
 from ember_pp.coordinator.sequence import Sequence
-from ember_pp.coordinator.supervisor import EPOCH, StageState, Supervisor
+from ember_pp.coordinator.stage_state import StageState
+from ember_pp.coordinator.supervisor import Supervisor
 from ember_pp.coordinator.trace import TraceLog
-from ember_pp.errors import ConfigError, ProtocolError
+from ember_pp.errors import ConfigError, EmberError, HandoffError, ProtocolError, StageDiedError
 from ember_pp.sockets import PrivateDirectory, RouterSocket
 
 logger = logging.getLogger(__name__)
@@ -59,8 +63,15 @@ class Pipeline:
         )
         self.supervisor = Supervisor(config, preparation, self.stage_socket, launcher, replica)
         self.scheduler: Scheduler | None = None
-        """None until every stage takes plans."""
+        """None until every stage takes plans for the first time."""
         self.num_plans = 0
+        self._epoch = self.supervisor.epoch
+        self._watch = PlanWatch(
+            min_s=config.supervisor.overdue_min_s,
+            factor=config.supervisor.overdue_factor,
+            num_stages=len(preparation.layer_ranges),
+            plan_time_s=None if preparation.plan_cost is None else preparation.plan_cost.time_s,
+        )
         self._record: BinaryIO | None = None
         self._trace = trace
 
@@ -69,43 +80,85 @@ class Pipeline:
         """Tokens of its open sequences, prompt and output so far."""
         return 0 if self.scheduler is None else self.scheduler.num_open_tokens
 
+    @property
+    def is_ready(self) -> bool:
+        """True while plans can be sent."""
+        return self.supervisor.is_ready
+
+    @property
+    def next_watch_s(self) -> float:
+        """When ``watch`` has something to do."""
+        return self.supervisor.next_watch_s
+
     def check(self) -> None:
-        """Notice stages that ended; open the scheduler once all stages are ready."""
+        """Notice stages that ended; open the scheduler once all stages are ready.
+
+        Raises:
+            EmberError: a failure that a new epoch would not get over.
+        """
         self.supervisor.check()
+        self._follow_epoch()
         if self.scheduler is None and self.supervisor.is_ready:
             self._open_scheduler()
+
+    def watch(self) -> None:
+        """Notice stages that are silent, and plans that are overdue.
+
+        Raises:
+            EmberError: as ``check``.
+        """
+        now_s = time.monotonic()
+        if now_s < self.supervisor.next_watch_s:
+            return
+        self.supervisor.watch(now_s)
+        self.check()
+        overdue_at_s = self._watch.overdue_at_s
+        if overdue_at_s is not None and now_s >= overdue_at_s:
+            self._on_overdue(now_s)
+            self._follow_epoch()
 
     def take_messages(self) -> Iterator[Drawn]:
         """What the stages said: tokens are yielded, all else is dealt with here.
 
         Raises:
-            EmberError: a stage failed, or broke the protocol.
+            EmberError: as ``check``.
         """
-        for identity, message in self.stage_socket.receive_all():
-            if isinstance(message, ProtocolError):
-                raise ProtocolError(f"from {identity.decode(errors='replace')}: {message}")
-            if isinstance(message, protocol.Sampled):
-                yield from self._on_sampled(message)
+        unread, self.supervisor.unread = self.supervisor.unread, []
+        for identity, message in itertools.chain(unread, self.stage_socket.receive_all()):
+            stage = self.supervisor.accept(identity, message)
+            if stage is None or isinstance(message, ProtocolError):
+                pass
             elif isinstance(message, protocol.StageTrace):
                 self._on_trace(message)
+            elif isinstance(message, protocol.Sampled):
+                yield from self._on_sampled(stage, message)
             else:
-                self.supervisor.handle(identity, message)
+                self.supervisor.handle(stage, message)
+            self._follow_epoch()
 
     def issue_plans(self) -> None:
-        """Send every plan that the scheduler can make now."""
-        if self.scheduler is None:
+        """Send every plan that the scheduler can make now.
+
+        Raises:
+            EmberError: as ``check``.
+        """
+        if self.scheduler is None or not self.supervisor.is_ready:
             return
+        epoch = self.supervisor.epoch
         while (plan := self.scheduler.next_plan()) is not None:
             tap = self._config.debug.tap
             if plan.number % self._config.debug.tap_every:
                 tap = None
-            packed = protocol.encode(plan_to_execute(plan, EPOCH, tap))
+            packed = protocol.encode(plan_to_execute(plan, epoch, tap))
             if self._record is not None:
                 self._record.write(len(packed).to_bytes(4, "little") + packed)
             if self._trace is not None:
-                self._trace.issue(plan, EPOCH)
-            self.supervisor.send_to_all(packed)
+                self._trace.issue(plan, epoch)
+            self._watch.issue(plan, time.monotonic())
             self.num_plans += 1
+            if not self.supervisor.send_to_all(packed):
+                self._follow_epoch()
+                return
 
     def stop(self, reason: str) -> None:
         """End the stages and close what is open."""
@@ -124,12 +177,67 @@ class Pipeline:
             for stage in self.supervisor.stages
         ]
         counts = {} if self.scheduler is None else self.scheduler.stats()
+        counts["num_restarts"] = self.supervisor.budget.num_restarts
         return {
             "counts": counts,
             "stages": stages,
             "edges": self.supervisor.edges,
             "edge_reasons": self.supervisor.edge_reasons,
+            "epoch": self.supervisor.epoch,
+            "problem": self._problem(),
         }
+
+    def _problem(self) -> str:
+        """Why it makes no progress, in words; empty while it does, or has nothing to do."""
+        supervisor, now_s = self.supervisor, time.monotonic()
+        if supervisor.problem:
+            awaited = [s.stage_index for s in supervisor.stages if s.phase is supervisor.phase]
+            return (
+                f"epoch {supervisor.epoch}, since {now_s - supervisor.problem_since_s:.1f} s: "
+                f"stages {awaited} are {supervisor.phase.value}; because: {supervisor.problem}"
+            )
+        overdue_at_s = self._watch.overdue_at_s
+        if overdue_at_s is None or now_s < overdue_at_s:
+            return ""
+        return f"plan {self._watch.oldest} is overdue since {now_s - overdue_at_s:.1f} s"
+
+    def _follow_epoch(self) -> None:
+        """In a new epoch the stages know nothing of what was before, and all is planned anew."""
+        if self._epoch == self.supervisor.epoch:
+            return
+        self._epoch = self.supervisor.epoch
+        self.supervisor.renewal_limit_s = self._watch.longest_limit_s
+        self._watch.forget()
+        if self.scheduler is not None:
+            self.scheduler.forget()
+            logger.info(
+                "%d sequences are to be computed anew", self.scheduler.stats()["num_waiting"]
+            )
+
+    def _on_overdue(self, now_s: float) -> None:
+        """Have the stage to blame replaced, or the epoch ended if it is none of them."""
+        supervisor, plan = self.supervisor, self._watch.oldest
+        assert plan is not None, "a plan is overdue"
+        late = who_is_late(supervisor.stages, self._epoch, plan)
+        if late is not None and late.building:
+            limit_s = self._config.supervisor.build_timeout_s
+            if now_s - late.building_since_s < limit_s:
+                return
+        waits = [
+            f"stage {stage.stage_index} waits for {wait}"
+            for stage in supervisor.stages
+            if (wait := stage.waiting_for(self._epoch))
+        ]
+        text = f"plan {plan} is overdue after {self._watch.waited_s(now_s):.1f} s"
+        if late is None:
+            error: EmberError = HandoffError(
+                "; ".join([f"{text}, and no stage works at it", *waits])
+            )
+            supervisor.end_epoch(error)
+            return
+        what = f"{late} has its input and has not finished it"
+        error = StageDiedError("; ".join([f"{text}: {what}", *waits]), stage_index=late.stage_index)
+        supervisor.end_epoch(error, [late])
 
     def _open_scheduler(self) -> None:
         config, plan_cost = self._config, self._preparation.plan_cost
@@ -156,17 +264,24 @@ class Pipeline:
                     f"debug.record: {config.debug.record}: {error.strerror}"
                 ) from None
 
-    def _on_sampled(self, sampled: protocol.Sampled) -> Iterator[Drawn]:
-        if sampled.epoch != EPOCH or self.scheduler is None:
+    def _on_sampled(self, stage: StageState, sampled: protocol.Sampled) -> Iterator[Drawn]:
+        if self.scheduler is None or not self.supervisor.is_ready:
+            self.supervisor.blame(stage, ProtocolError(f"{stage} sent tokens without a plan"))
             return
         if self._trace is not None:
             self._trace.returned(sampled.plan, sampled.epoch)
-        token_ids = protocol.unpack_i32(sampled.token_ids)
-        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
         oldest = self.scheduler.in_flight.oldest
+        try:
+            token_ids = protocol.unpack_i32(sampled.token_ids)
+            drawn = self.scheduler.complete(sampled.plan, token_ids)
+        except ProtocolError as error:
+            self.supervisor.blame(stage, error)
+            return
+        logprobs: dict[Sequence, protocol.TokenLogprobs | None] = {}
         if sampled.logprobs and oldest is not None:
             logprobs = dict(zip(oldest.rows, sampled.logprobs, strict=False))
-        for sequence, token_id in self.scheduler.complete(sampled.plan, token_ids):
+        self._watch.complete(time.monotonic())
+        for sequence, token_id in drawn:
             yield sequence, token_id, logprobs.get(sequence)
 
     def _on_trace(self, trace: protocol.StageTrace) -> None:
@@ -180,7 +295,8 @@ def _stage_status(stage: StageState, replica: int, num_blocks: int) -> dict[str,
         "stage_index": stage.stage_index,
         "pid": stage.process.pid,
         "device": stage.device,
-        "phase": stage.phase.value,
+        "phase": stage.building or stage.phase.value,
+        "unanswered_heartbeats": stage.num_unanswered or 0,
         "start_layer": stage.start_layer,
         "end_layer": stage.end_layer,
         "num_done": stage.num_done,

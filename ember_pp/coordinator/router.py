@@ -29,8 +29,8 @@ class Router:
         self._prefix_tokens = prefix_tokens
         self._homes: collections.OrderedDict[bytes, int] = collections.OrderedDict()
 
-    def choose(self, prompt_ids: Ordered[int], loads: Ordered[int]) -> int:
-        """Replica for a prompt; ``loads`` are the open tokens of each."""
+    def choose(self, prompt_ids: Ordered[int], loads: Ordered[float]) -> int:
+        """Replica for a prompt; ``loads`` are the open tokens of each, inf to avoid it."""
         least = min(range(self._num_replicas), key=lambda replica: (loads[replica], replica))
         if len(prompt_ids) < self._prefix_tokens:
             return least

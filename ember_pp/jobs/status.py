@@ -6,13 +6,14 @@ import json
 import sys
 
 from ember_pp.config import Config
-from ember_pp.errors import EXIT_OK
+from ember_pp.errors import EXIT_FAILED, EXIT_OK
 from ember_pp.jobs.session import open_running
 
 
 def run(config: Config) -> int:
-    """Print the status map; returns the exit code."""
+    """Print the status map; the exit code says whether work goes on, or has nothing to do."""
     with open_running(config, timeout_s=5.0) as client:
-        json.dump(client.status(), sys.stdout, indent=2)
+        status = client.status()
+    json.dump(status, sys.stdout, indent=2)
     sys.stdout.write("\n")
-    return EXIT_OK
+    return EXIT_FAILED if status["problems"] else EXIT_OK

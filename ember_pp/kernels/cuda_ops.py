@@ -58,6 +58,11 @@ class CudaOps:
         self._skinny = SkinnyLinear(self._kernels)
         self._sampling = DeviceSampling(self._kernels)
 
+    @property
+    def is_building(self) -> bool:
+        """True while a kernel is compiled. Any thread."""
+        return self._kernels.is_building
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """A copy of rows, in the widest words that they and their addresses are multiples of."""
         row_bytes = weight.shape[1] * weight.itemsize

@@ -31,6 +31,8 @@ class KernelSet:
         self.num_multiprocessors: int = properties.multi_processor_count
         self._cache = cache or build.default_cache()
         self._kernels: dict[tuple[str, str, bool], Kernel] = {}
+        self.is_building = False
+        """True while a kernel is built, or found to be built: seconds at worst. Any thread."""
 
     def get(self, file: str, expression: str, arguments: str, *, overlaps: bool = True) -> Kernel:
         """The kernel that ``expression`` names in ``csrc/<file>``.
@@ -47,9 +49,12 @@ class KernelSet:
         key = (file, expression, overlaps)
         kernel = self._kernels.get(key)
         if kernel is None:
-            binary = build.load_or_compile(
-                KernelSource(file, expression), self.architecture, self._cache
-            )
+            self.is_building = True
+            try:
+                source = KernelSource(file, expression)
+                binary = build.load_or_compile(source, self.architecture, self._cache)
+            finally:
+                self.is_building = False
             kernel = Kernel(binary, arguments, device=self.device, overlaps=overlaps)
             self._kernels[key] = kernel
         return kernel

@@ -156,6 +156,11 @@ class Ops:
         """True where plain torch computes them, which on a GPU may launch much per call."""
         return self._backend is reference
 
+    @property
+    def is_building(self) -> bool:
+        """True while a kernel is compiled, which may take long. Any thread."""
+        return bool(getattr(self._backend, "is_building", False))
+
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
         """Look up the rows of a batch of tokens: ``weight[token_ids]``.
 

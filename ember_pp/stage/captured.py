@@ -129,6 +129,11 @@ class CapturedSteps:
         leaving = (2, limits.max_rows) if sampler is not None else (1, limits.max_tokens)
         self._leaving = torch.zeros((*leaving, width), dtype=dtype, device=device)
 
+    @property
+    def is_capturing(self) -> bool:
+        """See ``Graphs``."""
+        return self._graphs.is_capturing
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture what is known to come: the largest step with chunks, and every size of plans

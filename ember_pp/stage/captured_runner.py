@@ -80,6 +80,11 @@ class CapturedRunner:
         ends = self._receiver, self._sender
         return all(end is not None and end.waits_on_device for end in ends)
 
+    @property
+    def is_capturing(self) -> bool:
+        """True while a graph is made. Any thread."""
+        return self._steps.is_capturing
+
     def warm_up(self) -> None:
         """Before the first plan: see ``CapturedSteps.warm_up``."""
         self._steps.warm_up()

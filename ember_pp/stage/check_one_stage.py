@@ -109,7 +109,7 @@ class _OneStage:
             )
         )
         self._await(StageReady)
-        self._inbox.put(Start(_EPOCH, num_blocks, {}))
+        self._inbox.put(Start(_EPOCH, num_blocks, {}, {}))
         self._await(StageStarted)
 
     def run(self, execute: Execute) -> Sampled:

@@ -21,10 +21,12 @@ def failure_of(
     epoch: int,
     stage_index: int,
     plan: int,
+    is_ending: bool = True,
     memory_advice: str = _MEMORY_ADVICE,
 ) -> StageFailed:
     """``error`` as a message: ours by its fields, any other by type, text and traceback.
 
+    ``is_ending``: the process ends because of it.
     Running out of memory becomes a ``CapacityError`` with ``memory_advice``, which says what was
     being done and what to lower.
     """
@@ -36,6 +38,7 @@ def failure_of(
     return StageFailed(
         epoch=epoch,
         stage_index=stage_index,
+        is_ending=is_ending,
         plan=plan,
         error=reported.to_wire() if isinstance(reported, EmberError) else {},
         remote_type=type(error).__name__,

@@ -28,6 +28,8 @@ class Graphs:
         self._is_on = is_on and device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._is_on else None
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.is_capturing = False
+        """True while a graph is made, which takes many times what running it does. Any thread."""
 
     @property
     def is_on(self) -> bool:
@@ -50,7 +52,11 @@ class Graphs:
             return compute()
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(compute)
+            self.is_capturing = True
+            try:
+                captured = self._captured[key] = self._capture(compute)
+            finally:
+                self.is_capturing = False
         graph, output = captured
         graph.replay()
         return output

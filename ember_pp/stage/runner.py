@@ -143,6 +143,11 @@ class StageRunner:
         else:
             self._sink = sender
 
+    @property
+    def is_capturing(self) -> bool:
+        """Never: there are no graphs."""
+        return False
+
     def warm_up(self) -> None:
         """Nothing to do before the first plan."""
 

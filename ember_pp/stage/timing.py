@@ -133,6 +133,13 @@ class StageClock:
         self._since_ns = self._now_ns()
         self._version += 1
 
+    def break_off(self) -> None:
+        """What was begun will not end: the stage waits for its first plan again; totals go on."""
+        if self._state != _AWAIT_PLAN:
+            self._switch(self._state, _AWAIT_PLAN, self._now_ns())
+        self._num_open = 0
+        self.recorder = None
+
     def begin_plan(self, *, after_idle: bool) -> None:
         """A plan has come: close the wait for it, unless the device is still at one before."""
         began_ns = None

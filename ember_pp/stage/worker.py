@@ -1,12 +1,16 @@
 """The working thread of a stage: takes messages in order, loads, probes, runs plans.
 
 ``StageWorker`` belongs to one thread, which may block in a hand-off for as long as it takes;
-``close`` and ``stats`` are for the control thread of ``__main__``, which never blocks. The
-worker sends through ``post`` and sees no socket.
+``close``, ``end_waits`` and ``stats`` are for the control thread of ``__main__``, which never
+blocks. The worker sends through ``post`` and sees no socket.
+
+What fails between processes (``TransportError``) ends the epoch and not the stage: it keeps its
+weights, ignores what is still on its way, and waits for ``Renew``.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import resource
 import time
@@ -21,13 +25,14 @@ from ember_pp import config as configuration
 from ember_pp import memory_model, partition
 from ember_pp.checkpoint import Checkpoint, locate
 from ember_pp.config import Config
-from ember_pp.errors import ProtocolError
+from ember_pp.errors import ProtocolError, TransportError
 from ember_pp.kernels import Ops, make_ops
 from ember_pp.model_config import ModelConfig
 from ember_pp.protocol import (
     Execute,
     Message,
     Probe,
+    Renew,
     StageConfig,
     StageProgress,
     StageReady,
@@ -75,13 +80,20 @@ class StageWorker:
         self._stage_index = stage_index
         self._post = post
         self._slice: _Slice | None = None
+        self._epoch = -1
+        self._newest_epoch = -1
+        """That the control thread knows of: what is of an older one is not begun any more."""
+        self._is_epoch_over = False
         self._edges: Edges | None = None
+        self._old_edges: list[Edges] = []
+        """Of epochs that are over, which the neighbours may still have open."""
         self._runner: StageRunner | CapturedRunner | None = None
         self._started: deque[tuple[int, StartedPlan]] = deque()
         """Plans that the device may still be at, by number."""
         self._failed_plan: int | None = None
         """The one whose end turned out to be a failure; None: what fails is being started."""
         self._clock = StageClock()
+        self._has_started = False
         self._card_clock: CardClock | None = None
         """Where the device times plans."""
         self._last_plan = -1
@@ -89,16 +101,35 @@ class StageWorker:
         self._is_closing = False
 
     def run(self, inbox: SimpleQueue[Message | None]) -> None:
-        """Handle messages until None comes; an exception is posted as ``StageFailed``."""
-        try:
-            while True:
+        """Handle messages until None comes; an exception is posted as ``StageFailed``.
+
+        Any but a ``TransportError`` is the last that this does.
+        """
+        while True:
+            try:
                 message = self._next_message(inbox)
                 if message is None:
                     return
-                self.handle(message)
-        except BaseException as error:  # noqa: BLE001  whatever it is, the coordinator must know
-            if not self._is_closing:  # a closed edge ends the wait of a plan with an error
-                self._post(self.failure(error))
+                if not self._is_of_the_past(message):
+                    self.handle(message)
+            except TransportError as error:
+                self._end_epoch(error)
+            except BaseException as error:  # noqa: BLE001  whatever it is, the coordinator must know
+                if not self._is_closing:
+                    self._post(self.failure(error))
+                return
+
+    def _is_of_the_past(self, message: Message) -> bool:
+        if isinstance(message, Renew | StageConfig):
+            return False
+        return self._is_epoch_over or getattr(message, "epoch", self._epoch) < self._newest_epoch
+
+    def _end_epoch(self, error: TransportError) -> None:
+        """Do nothing more before ``Renew``; say why, unless that is what ended a wait."""
+        self._is_epoch_over = True
+        self._started.clear()
+        if not self._is_closing and self._newest_epoch <= self._epoch:
+            self._post(self.failure(error, is_ending=False))
 
     def _next_message(self, inbox: SimpleQueue[Message | None]) -> Message | None:
         """Waits for a message; meanwhile plans end."""
@@ -132,18 +163,21 @@ class StageWorker:
                 self._on_start(message)
             case Probe():
                 self._on_probe(message)
+            case Renew():
+                self._on_renew(message)
             case _:
                 raise ProtocolError(
                     f"stage {self._stage_index} cannot take {type(message).__name__}"
                 )
 
-    def failure(self, error: BaseException) -> Message:
-        """``error`` as the stage's last message."""
+    def failure(self, error: BaseException, *, is_ending: bool = True) -> Message:
+        """``error`` as a message: with ``is_ending``, the stage's last."""
         logger.debug("stage %d fails", self._stage_index, exc_info=error)
         return failure_of(
             error,
-            epoch=-1 if self._slice is None else self._slice.message.epoch,
+            epoch=self._epoch,
             stage_index=self._stage_index,
+            is_ending=is_ending,
             plan=self._last_plan + 1 if self._failed_plan is None else self._failed_plan,
             **self._memory_advice(),
         )
@@ -163,14 +197,29 @@ class StageWorker:
         if self._edges is not None:
             self._edges.close()
 
+    def end_waits(self, newest_epoch: int) -> None:
+        """Another epoch has begun: end what belongs to those before it, now. Any thread."""
+        self._newest_epoch = newest_epoch
+        if (edges := self._edges) is not None:
+            edges.close()
+
+    @property
+    def building(self) -> str:
+        """``compiling`` or ``capturing`` while it does that: it may take long. Any thread."""
+        loaded, runner = self._slice, self._runner
+        if loaded is not None and loaded.is_compiling:
+            return "compiling"
+        return "capturing" if runner is not None and runner.is_capturing else ""
+
     def stats(self) -> StageStats | None:
         """Totals so far and what is waited for now; None before ``Start``. Any thread."""
         loaded, edges = self._slice, self._edges
         if self._runner is None or loaded is None or edges is None:
             return None
+        epoch = self._epoch  # read before the plan: see ``_on_renew``
         times = self._clock.totals()
         return StageStats(
-            epoch=loaded.message.epoch,
+            epoch=epoch,
             stage_index=self._stage_index,
             plan=self._finished_plan,
             busy_ns=times.busy_ns,
@@ -203,22 +252,54 @@ class StageWorker:
             )
         torch.set_num_threads(message.num_threads)
         self._slice = loaded = _Slice(message)
+        self._epoch = message.epoch
         if loaded.device.type == "cuda":
             torch.cuda.set_device(loaded.device)
             # Of this thread, for good: the default stream cannot be captured.
             torch.cuda.set_stream(torch.cuda.Stream(loaded.device))  # type: ignore[no-untyped-call]
         loaded.load(self._progress_reporter())
-        self._edges = loaded.make_edges(self._clock)
+        self._make_ready(loaded)
+
+    def _make_ready(self, loaded: _Slice) -> None:
+        """Make the incoming ring of this epoch, and tell how to reach it."""
+        self._edges = edges = loaded.make_edges(self._clock)
         self._post(
             StageReady(
-                epoch=message.epoch,
+                epoch=self._epoch,
                 stage_index=self._stage_index,
                 num_blocks=loaded.num_blocks_that_fit(),
-                handle=self._edges.handle,
+                handle=edges.handle,
                 weight_bytes=loaded.weight_bytes,
                 block_bytes=loaded.block_bytes,
             )
         )
+
+    def _on_renew(self, message: Renew) -> None:
+        """Keep weights and nothing else: no edge, KV block, slot, plan or graph."""
+        loaded = self._slice
+        if loaded is None or message.epoch <= self._epoch:
+            raise ProtocolError(
+                f"stage {self._stage_index} is in epoch {self._epoch}; it got Renew to "
+                f"{message.epoch}"
+            )
+        self.end_waits(message.epoch)
+        self._started.clear()
+        self._failed_plan = None
+        if loaded.device.type == "cuda":
+            torch.cuda.synchronize(loaded.device)  # nothing runs that reads what is freed now
+        if self._clock.recorder is not None:
+            self._post(self._clock.recorder.take())
+        self._clock.break_off()
+        if self._edges is not None:
+            self._edges.disconnect()
+            self._old_edges.append(self._edges)
+        self._runner = self._edges = None
+        gc.collect()  # graphs and cache go before there are new ones
+        # In this order: whoever reads the new epoch reads no plan of the one before.
+        self._last_plan = self._finished_plan = -1
+        self._epoch = message.epoch
+        self._is_epoch_over = False
+        self._make_ready(loaded)
 
     def _progress_reporter(self) -> Callable[[int, int], None]:
         last_s = 0.0
@@ -238,13 +319,20 @@ class StageWorker:
             raise ProtocolError(f"stage {self._stage_index} got Start a second time")
         edges = self._edges
         assert edges is not None, "made with the configuration"
+        for old in self._old_edges:
+            old.free()  # the neighbours have new ones, so they have let go of these
+        self._old_edges.clear()
         edges.open(message.next_handle, message.previous_handle)
         self._runner = loaded.make_runner(message.num_blocks)
         self._runner.warm_up()
         recorder = None
         if loaded.config.trace.is_on:
             recorder = PlanRecorder(self._stage_index, message.epoch, self._post)
-        self._clock.start(recorder)
+        if self._has_started:
+            self._clock.recorder = recorder
+        else:
+            self._clock.start(recorder)
+        self._has_started = True
         self._post(StageStarted(message.epoch, self._stage_index, dict(edges.paths)))
 
     def _on_probe(self, message: Probe) -> None:
@@ -314,10 +402,9 @@ class StageWorker:
     def _loaded(self, what: str, epoch: int) -> _Slice:
         if self._slice is None:
             raise ProtocolError(f"stage {self._stage_index} got {what} before its configuration")
-        if epoch != self._slice.message.epoch:
+        if epoch != self._epoch:
             raise ProtocolError(
-                f"stage {self._stage_index} is in epoch {self._slice.message.epoch}; "
-                f"{what} is of epoch {epoch}"
+                f"stage {self._stage_index} is in epoch {self._epoch}; {what} is of epoch {epoch}"
             )
         return self._slice
 
@@ -414,6 +501,11 @@ class _Slice:
             max_model_len=message.max_model_len,
             ops=self._ops,
         )
+
+    @property
+    def is_compiling(self) -> bool:
+        """True while a kernel is compiled. Any thread."""
+        return self._ops is not None and self._ops.is_building
 
     def loading_advice(self) -> str:
         """What takes memory before there are plans, and what to do about it."""

@@ -384,7 +384,7 @@ def test_a_signal_while_the_model_loads_ends_at_once():
         request = client.submit(token_ids=[7])
         client.status()
         stop.set()
-        may_load.set()
         with pytest.raises(UnavailableError, match="was asked to end"):
             request.result(5.0)
+        may_load.set()
         client.close()

@@ -201,7 +201,8 @@ def test_the_picture_shows_every_stage(traced):
 
 def test_a_trace_is_whole_after_the_death_of_a_stage(tmp_path):
     path = tmp_path / "run.json"
-    with open_client(make_config(trace={"output": str(path)})) as client:
+    settings = {"trace": {"output": str(path)}, "supervisor": {"max_restarts": 0}}
+    with open_client(make_config(**settings)) as client:
         run_some(client)
         num_plans = settled_status(client)["num_plans"]
         endless = client.submit(token_ids=[5, 6], sampling=GREEDY | {"max_tokens": 400})
@@ -212,6 +213,26 @@ def test_a_trace_is_whole_after_the_death_of_a_stage(tmp_path):
     assert len(trace.slices["stage 0"]) >= num_plans  # it lived on and sent its last times
     assert trace.slices["stage 1"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_trace_goes_on_over_a_failure(tmp_path):
+    path = tmp_path / "run.json"
+    with open_client(make_config(trace={"output": str(path)})) as client:
+        run_some(client)
+        num_plans = settled_status(client)["num_plans"]
+        request = client.submit(token_ids=[5, 6], sampling=GREEDY | {"max_tokens": 100})
+        os.kill(client.status()["stages"][1]["pid"], signal.SIGKILL)
+        assert request.result(60.0).num_output_tokens == 100
+        settled_s = time.monotonic() + 60.0
+        while client.status()["stages"][0]["plan"] < 1 and time.monotonic() < settled_s:
+            time.sleep(0.05)
+    trace = Trace(path)
+    for row in ("stage 0", "stage 1"):  # plan numbers begin again, times go on
+        plans = [piece["args"]["plan"] for piece in trace.slices[row]]
+        assert plans.count(0) == 2
+        assert len(plans) > (num_plans if row == "stage 0" else 0) + 90
+        starts = [piece["ts"] for piece in trace.slices[row]]
+        assert starts == sorted(starts)
 
 
 def test_a_long_trace_keeps_the_last_plans(tmp_path):

@@ -1,54 +1,18 @@
 """The whole engine: coordinator and stage processes on the demo model, through the client."""
 
-import contextlib
 import os
-import signal
 import time
 
 import pytest
 
-from ember_pp import config as configuration
 from ember_pp.errors import (
     CheckpointError,
     ConfigError,
     InvalidRequestError,
-    StageDiedError,
 )
-from ember_pp.jobs.session import open_client
+from tests.e2e.engines import GREEDY, PROMPTS, engine, has_ended, run_all, stage_pids
 
 pytestmark = pytest.mark.multiproc
-
-PROMPTS = [
-    "The capital of France is",
-    "A planet is a large body that",
-    "Music is",
-    "In 1905, the physicist Albert Einstein published four papers. In the first of them he",
-]
-GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
-
-
-def make_config(**groups):
-    plain = {
-        "job": {"name": "serve"},
-        "model": {"path": "demo", "dtype": "float32"},
-        "pipeline": {"stages": 2, "devices": "cpu", "cpu_threads": 1},
-        "cache": {"memory_gib": 0.05},
-    }
-    for name, values in groups.items():
-        plain[name] = plain.get(name, {}) | values if isinstance(values, dict) else values
-    return configuration.build(plain)
-
-
-@contextlib.contextmanager
-def engine(**groups):
-    with open_client(make_config(**groups)) as client:
-        yield client
-
-
-def run_all(client, requests):
-    """Token ids of each request, all submitted at once."""
-    submitted = [client.submit(prompt, sampling=sampling) for prompt, sampling in requests]
-    return [request.result(120.0).token_ids for request in submitted]
 
 
 @pytest.fixture(scope="module")
@@ -231,53 +195,6 @@ def test_cancel_ends_a_request_and_frees_its_blocks(client):
             return
         time.sleep(0.05)
     pytest.fail(f"blocks are still held: {status}")
-
-
-def stage_pids(client):
-    return [stage["pid"] for stage in client.status()["stages"]]
-
-
-def has_ended(pid):
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
-def wait_until_ended(pids, timeout_s=5.0):
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if all(has_ended(pid) for pid in pids):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"still running: {[pid for pid in pids if not has_ended(pid)]}")
-
-
-def test_a_killed_stage_fails_open_requests_by_name_and_nothing_stays():
-    with engine() as client:
-        client.generate(PROMPTS[0], sampling=GREEDY)
-        pids = stage_pids(client)
-        pending = [
-            client.submit(prompt, sampling=GREEDY | {"max_tokens": 1500}) for prompt in PROMPTS
-        ]
-        time.sleep(0.2)
-        killed_at_s = time.monotonic()
-        os.kill(pids[1], signal.SIGKILL)
-        for request in pending:
-            with pytest.raises(StageDiedError, match="killed by signal 9") as failure:
-                request.result(10.0)
-            assert failure.value.stage_index == 1
-        assert time.monotonic() - killed_at_s < 1.0
-        wait_until_ended(pids, timeout_s=10.0)
-
-
-def test_a_killed_coordinator_takes_its_stages_along():
-    with engine() as client:
-        client.generate(PROMPTS[0], sampling=GREEDY)
-        pids = stage_pids(client)
-        with open(f"/proc/{pids[0]}/stat") as stat:
-            coordinator = int(stat.read().rpartition(")")[2].split()[1])
-        os.kill(coordinator, signal.SIGKILL)
-        wait_until_ended(pids, timeout_s=1.0)
 
 
 def test_closing_leaves_no_process_and_no_shared_memory():

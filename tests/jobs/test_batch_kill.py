@@ -1,102 +1,35 @@
 """A batch killed with SIGKILL at any moment, and run again, ends as if nothing had happened."""
 
-import contextlib
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.batch_kill import (
+    answers,
+    descendants,
+    finish,
+    kill_everything,
+    num_answers,
+    start,
+    wait_for,
+    write_input,
+)
+
 pytestmark = pytest.mark.multiproc
 
 NUM_KILLS = 10
 NUM_REQUESTS = 45
-DEADLINE_S = 120.0
-SETTINGS = (
-    "model.path=demo",
-    "model.dtype=float32",
-    "pipeline.stages=2",
-    "pipeline.devices=cpu",
-    "pipeline.cpu_threads=1",
-    "cache.memory_gib=0.05",
-    "job.max_open_requests=6",
-    "sampling.seed=3",
-)
-
-
-def write_input(path):
-    """Text and chat, greedy and drawn, with and without seeds, short and long."""
-    with path.open("w") as file:
-        for n in range(NUM_REQUESTS):
-            line = {"custom_id": f"r{n}", "max_tokens": 4 + 3 * (n % 7), "ignore_eos": n % 2 == 0}
-            if n % 3:
-                line["prompt"] = f"In the year {1900 + n}, the"
-            else:
-                line["messages"] = [{"role": "user", "content": f"Tell me about {n}."}]
-            if n % 5:
-                line |= {"temperature": 0.9, "top_k": 40}
-            if n % 4 == 0:
-                line["seed"] = n
-            file.write(json.dumps(line) + "\n")
-
-
-def start(source, output, *more):
-    command = [sys.executable, "-m", "ember_pp", *SETTINGS, f"job.input={source}"]
-    return subprocess.Popen(
-        [*command, f"job.output={output}", *more],
-        cwd=output.parent,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    _, stderr = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, stderr.decode()
-
-
-def num_answers(output):
-    return output.read_bytes().count(b"\n") if output.exists() else 0
-
-
-def wait_for(is_true, process, what):
-    """Poll until it is true or the process has ended by itself."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not is_true() and process.poll() is None:
-        assert time.monotonic() < deadline_s, f"never came: {what}"
-        time.sleep(0.005)
-
-
-def descendants(pid):
-    """Process ids of children, their children and so on."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
-
-
-def answers(output):
-    """What depends on the request alone, by id; every id once."""
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    found = {line["custom_id"]: line["response"]["body"] for line in lines}
-    assert len(found) == len(lines)
-    return {key: (body["choices"], body["usage"]) for key, body in found.items()}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The input, and the answers of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    write_input(folder / "in.jsonl")
+    write_input(folder / "in.jsonl", NUM_REQUESTS)
     code, stderr = finish(start(folder / "in.jsonl", folder / "out.jsonl"))
     assert code == 0, stderr
     expected = answers(folder / "out.jsonl")
@@ -114,14 +47,7 @@ def test_killed_at_random_moments_every_id_is_answered_once(undisturbed, tmp_pat
         target = num_answers(output) + (moments.randrange(6) if kill else 0)
         wait_for(lambda target=target: num_answers(output) >= target, process, "answers")
         time.sleep(moments.random() * 0.05)
-        children = descendants(process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        finish(process)
-        deadline_s = time.monotonic() + 10.0
-        while any(Path(f"/proc/{child}").exists() for child in children):
-            assert time.monotonic() < deadline_s, "a process outlived the job"
-            time.sleep(0.01)
+        kill_everything(process)
     before = num_answers(output)
     assert 0 < before < NUM_REQUESTS
     code, stderr = finish(start(source, output))

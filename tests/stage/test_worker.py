@@ -32,7 +32,7 @@ from ember_pp.checkpoint import read_config
 from ember_pp.coordinator.launcher import LocalLauncher, end_all
 from ember_pp.errors import from_wire
 from ember_pp.model_config import ModelConfig
-from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
+from ember_pp.sockets import PrivateDirectory, RouterSocket, heart_of, wait_readable
 from ember_pp.stage import capacity
 from ember_pp.stage import worker as worker_module
 from ember_pp.stage.failure import failure_of
@@ -233,10 +233,11 @@ def test_a_stage_that_waits_for_feedback_says_so_and_ends_when_closed(demo_path,
     ],
     ids=["gap", "epoch", "nonsense"],
 )
-def test_a_bad_plan_ends_the_stage_with_a_protocol_error(stage, recorded, changes, message):
+def test_a_bad_plan_ends_the_epoch_and_not_the_stage(stage, recorded, changes, message):
     [failed] = stage.run(replace(recorded[0][0], **changes), recorded[0][0])
     assert isinstance(failed, protocol.StageFailed)
     assert (failed.stage_index, failed.plan, failed.epoch) == (0, 0, EPOCH)
+    assert not failed.is_ending
     assert failed.remote_type == "ProtocolError"
     assert failed.error["code"] == "protocol_error"
     assert message in str(from_wire(failed.error))
@@ -282,14 +283,52 @@ def test_messages_out_of_order_are_refused(demo_path, message, text):
     assert text in failed.text
 
 
-def test_phases_come_once(stage):
-    for message, text in [
-        (stage.config, "a second time"),
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (None, "got the configuration of stage 0 a second time"),
         (protocol.Start(EPOCH, 8, {}, {}), "got Start a second time"),
         (protocol.Probe(EPOCH, "0->1", "host_shm", 0), "no end of edge 0->1"),
-    ]:
-        [failed] = stage.run(message)
-        assert text in failed.text
+        (protocol.Renew(EPOCH), f"is in epoch {EPOCH}; it got Renew to {EPOCH}"),
+    ],
+)
+def test_phases_come_once(stage, message, text):
+    [failed] = stage.run(message or stage.config)
+    assert text in failed.text
+    assert not failed.is_ending
+
+
+def test_after_a_renewal_a_stage_computes_as_a_new_one(stage, recorded):
+    """Weights stay; what the plans before have left does not show."""
+    plans, answers = recorded
+    for plan in plans[:5]:
+        stage.execute(plan)
+    [failed] = stage.run(plans[2])  # a repeat: the epoch is over
+    assert stage.run(plans[5]) == [], "ignored until it is renewed"
+    model = stage.worker._slice._model
+    [ready] = stage.run(protocol.Renew(EPOCH + 1))
+    assert (failed.is_ending, ready.epoch) == (False, EPOCH + 1)
+    assert stage.worker.stats() is None
+    assert stage.worker._slice._model is model
+    late = [plans[5], protocol.Start(EPOCH, NUM_BLOCKS, {}, {})]  # of the epoch before
+    again = [protocol.Start(EPOCH + 1, NUM_BLOCKS, {}, {})]
+    again += [replace(plan, epoch=EPOCH + 1) for plan in plans]
+    started, *drawn = stage.run(*late, *again)
+    assert started == protocol.StageStarted(EPOCH + 1, 0, {})
+    assert [sampled.token_ids for sampled in drawn] == [sampled.token_ids for sampled in answers]
+    assert {sampled.epoch for sampled in drawn} == {EPOCH + 1}
+    stats = stage.worker.stats()
+    assert (stats.epoch, stats.plan) == (EPOCH + 1, plans[-1].plan)
+
+
+def test_times_go_on_over_a_renewal(stage, recorded):
+    for plan in recorded[0][:3]:
+        stage.execute(plan)
+    busy_ns = stage.worker.stats().busy_ns
+    stage.run(protocol.Renew(EPOCH + 1), protocol.Start(EPOCH + 1, NUM_BLOCKS, {}, {}))
+    stats = stage.worker.stats()
+    assert stats.busy_ns >= busy_ns > 0
+    assert (stats.epoch, stats.plan) == (EPOCH + 1, -1), "plans of the epoch before are over"
 
 
 def test_a_missing_checkpoint_keeps_its_class(demo_path, tmp_path):
@@ -445,6 +484,7 @@ class Coordinator:
             for index in range(num_stages)
         ]
         self.heard = []
+        self.identities = {}
 
     def expect(self, kind, count=1, timeout_s=START_S, where=lambda message: True):
         """The first ``count`` messages of a kind that have not been taken yet."""
@@ -457,10 +497,13 @@ class Coordinator:
                 return found[:count]
             assert time.monotonic() < deadline, f"no {kind.__name__}; heard {self.heard}"
             wait_readable([self.router], [], 0.1)
-            self.heard += [message for _, message in self.router.receive_all()]
+            for identity, message in self.router.receive_all():
+                if isinstance(message, protocol.StageHello):
+                    self.identities[message.stage_index] = identity
+                self.heard.append(message)
 
     def send(self, stage_index, message):
-        assert self.router.send(f"stage-{stage_index}".encode(), message)
+        assert self.router.send(self.identities[stage_index], message)
 
     def close(self):
         end_all(self.processes, grace_s=0.0)
@@ -529,16 +572,46 @@ def test_two_stage_processes_serve_explain_a_wait_and_end_when_told(
 
 
 @pytest.mark.multiproc
-def test_last_words_arrive_before_exit_1(coordinate):
-    """Bytes that are no message; and a message that makes the worker fail."""
-    coordinator = coordinate(2)
+def test_what_goes_wrong_between_processes_ends_no_process(coordinate, demo_path):
+    """Bytes that are no message; one out of place; one that was lost."""
+    coordinator = coordinate(3)
     coordinator.send(0, b"\xc1 no message")
     coordinator.send(1, protocol.Start(EPOCH, 1, {}, {}))
-    failed = sorted(coordinator.expect(protocol.StageFailed, 2), key=lambda f: f.stage_index)
-    assert [message.stage_index for message in failed] == [0, 1]
+    coordinator.send(2, protocol.Tally(1))
+    failed = sorted(coordinator.expect(protocol.StageFailed, 3), key=lambda f: f.stage_index)
+    assert [message.stage_index for message in failed] == [0, 1, 2]
     assert "not a message" in failed[0].text
     assert "got Start before its configuration" in failed[1].text
-    assert [process.wait(END_S) for process in coordinator.processes] == [1, 1]
+    assert "stage 2 got 0 messages of 1 that were sent" in failed[2].text
+    assert [message.is_ending for message in failed] == [False] * 3
+    assert [process.wait(0.2) for process in coordinator.processes] == [None] * 3
+    coordinator.send(0, protocol.Tally(1))  # the bytes were counted
+    coordinator.send(2, protocol.Tally(1))  # and the difference was noticed once
+    for index in range(3):
+        coordinator.send(index, protocol.Shutdown("the test is over"))
+    assert [process.wait(END_S) for process in coordinator.processes] == [0] * 3
+    assert not [m for m in coordinator.heard if isinstance(m, protocol.StageFailed)]
+
+
+@pytest.mark.multiproc
+def test_last_words_arrive_before_exit_1(coordinate, demo_path, tmp_path):
+    coordinator = coordinate(1)
+    config = make_config(demo_path, 0, 1, model={"path": str(tmp_path / "nowhere")})
+    coordinator.send(0, config)
+    [failed] = coordinator.expect(protocol.StageFailed)
+    assert failed.is_ending
+    assert "nowhere" in failed.text
+    assert coordinator.processes[0].wait(END_S) == 1
+
+
+@pytest.mark.multiproc
+def test_a_stage_counts_what_it_sends_and_returns_heartbeats(coordinate):
+    coordinator = coordinate(1)
+    [tally] = coordinator.expect(protocol.Tally)
+    assert tally == protocol.Tally(1)  # its hello
+    heart = heart_of(coordinator.identities[0])
+    assert coordinator.router.send(heart, protocol.Heartbeat(7))
+    assert coordinator.expect(protocol.Heartbeat) == [protocol.Heartbeat(7)]
 
 
 @pytest.mark.multiproc

@@ -53,9 +53,9 @@ class Stage:
         self.posted = []
         self.device = Device()
         self.worker = StageWorker(0, self.posted.append)
-        message = SimpleNamespace(epoch=EPOCH)
+        self.worker._epoch = EPOCH
         self.worker._slice = SimpleNamespace(
-            message=message, device=torch.device("cpu"), step_advice=lambda plan: ""
+            device=torch.device("cpu"), step_advice=lambda plan: ""
         )
         self.worker._runner = self.device
         self.worker._edges = SimpleNamespace(waiting_for="", close=lambda: None, check=lambda: None)
