@@ -27,6 +27,7 @@ from ember_pp.errors import (
     ConfigError,
     EmberError,
     InvalidRequestError,
+    PipelineError,
     StageFailedError,
     TransportError,
     UnavailableError,
@@ -646,6 +647,22 @@ def test_a_lost_coordinator_ends_the_job_and_what_is_done_stays(job, capsys, err
     assert job.run() == EXIT_OK
     assert set(job.ids()) == all_ids(40)
     assert len(job.ids()) == 40
+
+
+def test_a_coordinator_that_ends_with_the_same_signal_is_no_failure(job, capsys):
+    job.write_input(40)
+    stop = threading.Event()
+
+    def end(client):
+        if len(client.submitted) > 20:
+            stop.set()
+            raise PipelineError("the coordinator ended with status 0")
+
+    assert job.run(FakeClient(on_wait=end), stop=stop, max_open_requests=10) == EXIT_DRAINED
+    assert 10 <= len(job.ids()) < 40
+    assert "stopping: the coordinator ended with status 0" in capsys.readouterr().err
+    assert job.run() == EXIT_OK
+    assert sorted(job.ids()) == sorted(all_ids(40))
 
 
 def test_only_durable_answers_are_counted(job, monkeypatch):
