@@ -37,12 +37,14 @@ def mps() -> Iterator[bool]:
     Without it the processes of one card take turns, which is right as well, and slow.
     """
     with tempfile.TemporaryDirectory() as folder:
-        names = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+        names = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_VISIBLE_DEVICES")
         before = {name: os.environ.get(name) for name in names}
-        os.environ.update(dict.fromkeys(names, folder))
+        os.environ.update(dict.fromkeys(names[:2], folder))
         try:
             subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=20)
             is_on = True
+            # The daemon has taken it in: its clients count among the devices that it sees.
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         except (OSError, subprocess.SubprocessError):
             is_on = False
         try:
@@ -53,7 +55,7 @@ def mps() -> Iterator[bool]:
                 subprocess.run(command, input=b"quit\n", check=False, timeout=30)
             for name, value in before.items():
                 if value is None:
-                    del os.environ[name]
+                    os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
 
@@ -219,7 +221,7 @@ class Pipeline:
         **settings: Any,
     ) -> None:
         self._max_in_flight = limits["max_in_flight"]
-        num_stages = len(devices)
+        self.num_stages = num_stages = len(devices)
         pipeline = {"stages": num_stages, "devices": list(devices)}
         plain = {"job": {"name": "serve"}, "model": model, "pipeline": pipeline} | settings
         config = configuration.to_plain(configuration.build(plain))

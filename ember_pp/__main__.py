@@ -25,6 +25,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -37,6 +38,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ember_pp import __version__
 from ember_pp import config as config_module
+from ember_pp.config import Config
+from ember_pp.devices import parse_devices, takes_gpus
 from ember_pp.errors import (
     EXIT_CANNOT_FIT,
     EXIT_CONFIG,
@@ -239,12 +242,20 @@ def _name_run() -> str:
 
 
 def _run_job(composed: DictConfig) -> int:
-    plain = OmegaConf.to_container(composed, resolve=True)
-    config = config_module.build(plain)  # type: ignore[arg-type]  # a map at the top, by design
+    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    config = config_module.build(plain)
+    if _is_for_gpus(config):  # known once the settings are found valid
+        config = config_module.build(plain, on_gpus=True)
     _configure_logging(config.log_level)
     job = importlib.import_module(f"ember_pp.jobs.{config.job.name}")
     code: int = job.run(config)
     return code
+
+
+def _is_for_gpus(config: Config) -> bool:
+    if config.job.name == "plan" and config.plan.devices != "auto":
+        return any(device.kind != "cpu" for device in parse_devices(config.plan.devices))
+    return takes_gpus(config.pipeline.devices)
 
 
 def _configure_logging(level: str) -> None:

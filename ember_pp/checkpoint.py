@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,6 +39,9 @@ _HUB_SKIPPED = ("*/*", "consolidated*")
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _FOREIGN_ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+_MAX_JSON_BYTES = 100_000_000  # of the other files; the index of 405 billion parameters has 0.1 MB
+_MAX_DIMENSIONS = 8
+_MAX_NAME_CHARS = 512
 _READ_BYTES = 16 * 1024 * 1024
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
@@ -145,9 +149,21 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
 
 
+def _refuse_other_kinds(path: Path) -> None:
+    """A pipe would keep us waiting for its writer; a folder fails by itself when it is read."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{path}: is no regular file; copy or download it again")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        _refuse_other_kinds(path)
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: more than {_MAX_JSON_BYTES} bytes; is it that file?")
+        value = json.loads(text)
     except OSError as error:
         raise _unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
@@ -304,6 +320,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What ``save_tensors`` wrote, on the CPU; the file is mapped, and read where it is used."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown}: {'tensor' if len(names) == 1 else f'{len(names)} tensors'}"
@@ -339,6 +362,8 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: weight_map: expected a map from tensors to files")
     for name, file_name in weight_map.items():
+        if not _is_name(name):
+            raise CheckpointError(f"{index_path}: weight_map: {name[:80]!r} is no tensor's name")
         if not isinstance(file_name, str) or not file_name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index_path}: {name}: expected the name of a .safetensors file, got {file_name!r}"
@@ -369,6 +394,7 @@ def _check_index(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
+        _refuse_other_kinds(path)
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             start = file.read(len(_GIT_LFS_POINTER))
@@ -395,30 +421,56 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _parse_header(path: Path, header: bytes, file_bytes: int) -> dict[str, StoredTensor]:
+    data_start = 8 + len(header)
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_unique_keys)
         entries.pop("__metadata__", None)
         tensors = {
-            name: StoredTensor(
-                path=path,
-                dtype=str(entry["dtype"]),
-                shape=tuple(int(size) for size in entry["shape"]),
-                start_byte=8 + len(header) + int(entry["data_offsets"][0]),
-                end_byte=8 + len(header) + int(entry["data_offsets"][1]),
-            )
+            _checked_name(name): _stored_tensor(path, entry, data_start)
             for name, entry in entries.items()
         }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise _damaged(path, "its header is damaged") from None
-    _check_ranges(path, tensors, 8 + len(header), file_bytes)
+    _check_ranges(path, tensors, data_start, file_bytes)
     return tensors
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that is there twice, two readers might each take another tensor."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is there twice")
+    return value
+
+
+def _is_name(name: str) -> bool:
+    """Names are shown to people: no terminal is to obey one."""
+    return name.isprintable() and 0 < len(name) <= _MAX_NAME_CHARS
+
+
+def _checked_name(name: str) -> str:
+    if not _is_name(name):
+        raise ValueError("no tensor's name")
+    return name
+
+
+def _stored_tensor(path: Path, entry: Any, data_start: int) -> StoredTensor:
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    # By type: int() would take true, 1.5 and "7", and two negative sizes have a fine product.
+    numbers_are_sizes = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not numbers_are_sizes:
+        raise TypeError("not a tensor")
+    if len(shape) > _MAX_DIMENSIONS or not dtype.isprintable():
+        raise ValueError("not a tensor")
+    return StoredTensor(path, dtype, tuple(shape), data_start + start, data_start + end)
 
 
 def _check_ranges(
     path: Path, tensors: Mapping[str, StoredTensor], data_start: int, file_bytes: int
 ) -> None:
+    """Every byte belongs to one tensor, and each has as many as its shape and dtype take."""
     end_byte = data_start
-    for name, stored in sorted(tensors.items(), key=lambda item: item[1].start_byte):
+    for name, stored in sorted(tensors.items(), key=lambda item: _byte_range(item[1])):
         item_bytes = (_ITEM_BYTES | _FOREIGN_ITEM_BYTES).get(stored.dtype)
         is_sized = item_bytes is None or stored.num_bytes == math.prod(stored.shape) * item_bytes
         if stored.start_byte != end_byte or stored.num_bytes < 0 or not is_sized:
@@ -428,3 +480,7 @@ def _check_ranges(
         raise _damaged(path, f"cut short: {file_bytes} of {end_byte} bytes")
     if end_byte < file_bytes:
         raise _damaged(path, f"damaged: {file_bytes} bytes, its header accounts for {end_byte}")
+
+
+def _byte_range(stored: StoredTensor) -> tuple[int, int]:
+    return stored.start_byte, stored.end_byte  # an empty tensor before the one that begins there

@@ -32,7 +32,7 @@ from ember_pp.client_session import (
     Sampling,
 )
 from ember_pp.errors import DeadlineExceededError, EmberError, UnavailableError
-from ember_pp.sockets import AsyncDealerSocket, DealerSocket
+from ember_pp.sockets import AsyncDealerSocket, ClientKeys, DealerSocket
 
 __all__ = ["AsyncClient", "AsyncRequest", "Client", "Completion", "Delta", "Request"]
 
@@ -92,6 +92,8 @@ class Client:
         address: ``ipc://PATH`` or ``tcp://HOST:PORT``.
         timeout_s: silence after which the coordinator counts as gone.
         check_alive: called often while waiting; may raise to end the wait.
+        keys: CURVE keys for an address that other machines can reach
+            (``ember_pp.key_files.KeyFolder.client_keys``).
 
     Raises:
         AddressError: the address is malformed or not allowed.
@@ -103,8 +105,9 @@ class Client:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         check_alive: Callable[[], None] | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
-        self._socket = DealerSocket(address)
+        self._socket = DealerSocket(address, keys=keys)
         self._session: ClientSession[Request] = ClientSession(address, timeout_s)
         self._check_alive = check_alive
 
@@ -185,6 +188,7 @@ class Client:
         finally:
             if not request._state.has_ended:
                 request.cancel()
+            self._session.forget(request)
 
     def wait_any(self, timeout_s: float | None = None) -> list[Request]:
         """Requests that ended, well or not, since the last call; waits for the first of them.
@@ -297,8 +301,14 @@ class AsyncClient:
     those of ``Client``.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._socket = AsyncDealerSocket(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        keys: ClientKeys | None = None,
+    ) -> None:
+        self._socket = AsyncDealerSocket(address, keys=keys)
         self._session: ClientSession[AsyncRequest] = ClientSession(address, timeout_s)
         self._news = asyncio.Condition()
         self._failure: EmberError | None = None

@@ -297,5 +297,6 @@ def _check_can_travel(submit: protocol.Submit) -> None:
         raise InvalidRequestError(f"this request cannot be sent: {error}") from None
     if len(packed) > MAX_SUBMIT_BYTES:
         raise InvalidRequestError(
-            f"this request is {len(packed)} bytes; at most {MAX_SUBMIT_BYTES} can be sent"
+            f"this request is {len(packed)} bytes; at most {MAX_SUBMIT_BYTES} can be sent "
+            "(coordinator.max_message_bytes)"
         )

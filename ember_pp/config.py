@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from ember_pp.config_checks import at_least, check_devices, check_shard, check_split, is_device
+from ember_pp.config_values import build_dataclass
 from ember_pp.errors import ConfigError, InvalidRequestError
-from ember_pp.sampling_params import SamplingParams, suggest
+from ember_pp.sampling_params import SamplingParams, SamplingSizes
 from ember_pp.supervisor_settings import SupervisorSettings
+
+ON_GPUS = "on_gpus"
+"""Metadata of a field that has another default where stages run on GPUs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class ModelSettings:
     """The ``config.json`` to use where the path has none (with ``model.load=random``)."""
 
     def check(self) -> None:
-        _at_least("model.context_length", self.context_length, 1)
+        at_least("model.context_length", self.context_length, 1)
         if self.path is None and self.architecture is None:
             raise ConfigError(
                 "model.path: missing; give a checkpoint folder, a hub id, or model=<preset>"
@@ -69,15 +73,15 @@ class PipelineSettings:
     """Threads of each stage that runs on the CPU; null: the cores shared out, at least 1."""
 
     def check(self) -> None:
-        _at_least("pipeline.stages", self.stages, 1)
-        _at_least("pipeline.replicas", self.replicas, 1)
-        _at_least("pipeline.max_in_flight", self.max_in_flight, 1)
-        _at_least("pipeline.run_ahead", self.run_ahead, 0)
+        at_least("pipeline.stages", self.stages, 1)
+        at_least("pipeline.replicas", self.replicas, 1)
+        at_least("pipeline.max_in_flight", self.max_in_flight, 1)
+        at_least("pipeline.run_ahead", self.run_ahead, 0)
         if self.run_ahead > 8:
             raise ConfigError(f"pipeline.run_ahead: expected at most 8, got {self.run_ahead}")
-        _at_least("pipeline.cpu_threads", self.cpu_threads, 1)
-        _check_devices(self.devices, self.stages, self.replicas)
-        _check_split(self.split, self.stages)
+        at_least("pipeline.cpu_threads", self.cpu_threads, 1)
+        check_devices(self.devices, self.stages, self.replicas)
+        check_split(self.split, self.stages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ class CacheSettings:
             raise ConfigError(
                 f"cache.memory_share: expected above 0, at most 1, got {self.memory_share}"
             )
-        _at_least("cache.block_size", self.block_size, 1)
+        at_least("cache.block_size", self.block_size, 1)
         if self.block_size > 256:
             raise ConfigError(f"cache.block_size: expected at most 256, got {self.block_size}")
 
@@ -115,14 +119,14 @@ class SchedulerSettings:
     """``balanced``: plans in flight cost alike. ``greedy``: each takes all that its token budget
     holds. ``fixed``: the same token budget for every plan, whatever waits. For comparison, see
     ``docs/scheduling.md``."""
-    max_sequences: int = 64
+    max_sequences: int = dataclasses.field(default=64, metadata={ON_GPUS: 256})
     """Sequences that may run at once, over all plans in flight."""
-    max_tokens_per_plan: int = 512
+    max_tokens_per_plan: int = dataclasses.field(default=512, metadata={ON_GPUS: 2048})
     """Tokens of one plan, prompts and decodes together; also the size of a hand-off slot."""
 
     def check(self) -> None:
-        _at_least("scheduler.max_sequences", self.max_sequences, 1)
-        _at_least("scheduler.max_tokens_per_plan", self.max_tokens_per_plan, 1)
+        at_least("scheduler.max_sequences", self.max_sequences, 1)
+        at_least("scheduler.max_tokens_per_plan", self.max_tokens_per_plan, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,20 +180,56 @@ class CoordinatorSettings:
     prompt may have."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Largest message from a client."""
+    max_unread_messages: int = 100_000
+    """Messages to one client that wait to be read by it; beyond it its requests end."""
+    max_stop_strings: int = 16
+    """Strings in the ``stop`` of a request."""
+    max_stop_characters: int = 256
+    """Length of each of them."""
+    max_stop_token_ids: int = 1024
+    """Ids in the ``stop_token_ids`` of a request."""
+    max_logit_bias_entries: int = 1024
+    """Entries in the ``logit_bias`` of a request."""
+    curve: bool | None = None
+    """Encrypt and authenticate connections of clients (CURVE); null: where other machines can
+    reach ``address``, which needs it (``docs/trust.md``)."""
+    keys: str = "~/.config/ember-pp/keys"
+    """Folder of the keys for that; ``job=keys`` makes them."""
     start_timeout_s: float = 1800.0
     """Longest time from start to all stages being ready."""
     shutdown_grace_s: float = 5.0
     """Time for stages to end before they are killed."""
 
     def check(self) -> None:
-        _at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
-        _at_least("coordinator.max_prompt_tokens", self.max_prompt_tokens, 1)
-        _at_least("coordinator.max_prompt_characters", self.max_prompt_characters, 1)
-        _at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
-        _at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
+        at_least("coordinator.max_queued_requests", self.max_queued_requests, 1)
+        for key in ("max_prompt_tokens", "max_prompt_characters", "max_unread_messages"):
+            at_least(f"coordinator.{key}", getattr(self, key), 1)
+        for field in dataclasses.fields(SamplingSizes):
+            at_least(f"coordinator.{field.name}", getattr(self, field.name), 0)
+        at_least("coordinator.max_message_bytes", self.max_message_bytes, 1024)
+        at_least("coordinator.max_queued_bytes", self.max_queued_bytes, self.max_message_bytes)
         for key in ("start_timeout_s", "shutdown_grace_s"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"coordinator.{key}: expected above 0, got {getattr(self, key)}")
+
+    @property
+    def sampling_sizes(self) -> SamplingSizes:
+        """How much of each kind the sampling fields of a request may have."""
+        names = [field.name for field in dataclasses.fields(SamplingSizes)]
+        return SamplingSizes(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShutdownSettings:
+    """What SIGTERM and SIGINT do; a second one ends everything at once."""
+
+    grace_s: float = 20.0
+    """Time for open requests to end and be kept, once nothing new is begun. After it, and
+    ``coordinator.shutdown_grace_s``, the run is over; Slurm kills 30 s after its SIGTERM."""
+
+    def check(self) -> None:
+        if not 0 <= self.grace_s < float("inf"):
+            raise ConfigError(f"shutdown.grace_s: expected at least 0, got {self.grace_s}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +238,13 @@ class DebugSettings:
 
     tap: str | None = None
     """Folder in which each stage writes the hidden states of every plan as safetensors."""
+    tap_every: int = 1
+    """Of how many plans one is written there: those whose numbers it divides."""
     record: str | None = None
     """File to which the coordinator writes the plans it issues, to be replayed."""
 
     def check(self) -> None:
-        """Nothing to check."""
+        at_least("debug.tap_every", self.tap_every, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +256,7 @@ class MetricsSettings:
     printed at start; null: none."""
 
     def check(self) -> None:
-        _at_least("metrics.port", self.port, 0)
+        at_least("metrics.port", self.port, 0)
         if self.port is not None and self.port > 65535:
             raise ConfigError(f"metrics.port: expected at most 65535, got {self.port}")
 
@@ -238,7 +280,7 @@ class TraceSettings:
         return self.output is not None or self.picture is not None
 
     def check(self) -> None:
-        _at_least("trace.max_plans", self.max_plans, 1)
+        at_least("trace.max_plans", self.max_plans, 1)
         if self.window_s is not None and self.window_s <= 0:
             raise ConfigError(f"trace.window_s: expected above 0, got {self.window_s}")
         if self.picture is not None and not self.picture.endswith((".svg", ".png")):
@@ -274,7 +316,7 @@ class PlanSettings:
 
     def check(self) -> None:
         for key in ("prompt_tokens", "output_tokens", "sequences", "max_requests"):
-            _at_least(f"plan.{key}", getattr(self, key), 1)
+            at_least(f"plan.{key}", getattr(self, key), 1)
         items = self.devices if isinstance(self.devices, list | tuple) else [self.devices]
         for item in items:
             if not isinstance(item, str) and not (isinstance(item, Mapping) and "name" in item):
@@ -310,9 +352,9 @@ class BatchJob:
     """Requests handed to the coordinator at once."""
 
     def check(self) -> None:
-        _at_least("job.max_open_requests", self.max_open_requests, 1)
+        at_least("job.max_open_requests", self.max_open_requests, 1)
         if self.shard is not None:
-            _check_shard(self.shard)
+            check_shard(self.shard)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +404,21 @@ class CancelJob:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class KeysJob:
+    """``job=keys``: the keys with which clients on other machines connect
+    (``docs/trust.md``)."""
+
+    name: Literal["keys"] = "keys"
+    make: Literal["client", "server"] = "client"
+    """Whose pair of keys is made, if it is missing. A coordinator makes its own at its start."""
+    allow: list[str] = dataclasses.field(default_factory=list)
+    """Public keys of clients, ``*.key`` files, that may connect to this user's coordinators."""
+
+    def check(self) -> None:
+        """Nothing to check."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanJob:
     """``job=plan``: split, memory, times and bubble, before anything is loaded; see ``plan``."""
 
@@ -377,9 +434,10 @@ class BenchJob:
     (``docs/benchmarking.md``)."""
 
     name: Literal["bench"] = "bench"
-    workload: Literal["single", "fixed", "mixed", "prefill"] = "single"
+    workload: Literal["single", "fixed", "mixed", "prefill", "handoff"] = "single"
     """``single``: one stream. ``fixed``: a batch of equal requests. ``mixed``: prompts and answers
-    of random lengths. ``prefill``: prompts with one output token each."""
+    of random lengths. ``prefill``: prompts with one output token each. ``handoff``: no requests,
+    but the time of a hop between stages, by size and path."""
     batch: int | None = None
     """Requests, all sent at once; null: 1 for ``single``, 64 for ``fixed``, 256 for ``mixed``, 8
     for ``prefill``."""
@@ -403,8 +461,8 @@ class BenchJob:
 
     def check(self) -> None:
         for key in ("batch", "input_tokens", "output_tokens", "repeats"):
-            _at_least(f"job.{key}", getattr(self, key), 1)
-        _at_least("job.warmup", self.warmup, 0)
+            at_least(f"job.{key}", getattr(self, key), 1)
+        at_least("job.warmup", self.warmup, 0)
         low, high = (*self.lengths, 0, 0)[:2]
         if len(self.lengths) != 2 or not 1 <= low <= high:
             raise ConfigError(
@@ -422,6 +480,11 @@ class BenchJob:
                 f"job.output_tokens: job.workload={self.workload} times tokens after the first; "
                 "give at least 2"
             )
+        for key in ("batch", "input_tokens", "output_tokens"):
+            if self.workload == "handoff" and getattr(self, key) is not None:
+                raise ConfigError(f"job.{key}: job.workload=handoff sends no requests")
+        if self.workload == "handoff" and self.compare != "none":
+            raise ConfigError(f"job.compare: {self.compare} hands nothing on; leave it out")
         if self.workload == "mixed" and self.compare != "none":
             raise ConfigError(
                 f"job.compare: {self.compare} has no scheduler for job.workload=mixed; compare "
@@ -429,7 +492,45 @@ class BenchJob:
             )
 
 
-Job = BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | PlanJob | BenchJob
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckJob:
+    """``job=check``: whether this machine computes what transformers computes, layer by layer, and
+    with several stages what one stage computes, bit for bit (``docs/checking.md``)."""
+
+    name: Literal["check"] = "check"
+    against: Literal["all", "transformers", "one_stage"] = "all"
+    """What the configured pipeline is held against. ``transformers`` needs the extra ``compare``.
+    ``one_stage``: the same plans again, by one stage on the device of the first."""
+    input: Any = None
+    """Prompts: files as for ``job=batch``, of whose lines only the prompt counts; null: a built-in
+    set, some of them long enough to be computed in chunks."""
+    requests: int = 256
+    """Requests, all open at once; of ``job.input``, at most so many."""
+    output_tokens: int = 16
+    """Tokens of each answer, greedy."""
+    device: str | None = None
+    """Where transformers runs, ``cpu`` or ``cuda:N``; null: on the device of the first stage."""
+    tap_every: int | None = None
+    """Of how many plans one is compared tensor by tensor; tokens are of all. null: by what fits
+    ``disk_gib``, but where there are CUDA graphs one of two at most, since these plans are none."""
+    disk_gib: float = 8.0
+    """Disk for what the stages compute, in GiB, under ``TMPDIR`` while the job runs."""
+    output: str | None = None
+    """JSON file for the result, or ``-`` for stdout; null: the tables alone."""
+
+    def check(self) -> None:
+        at_least("job.requests", self.requests, 1)
+        at_least("job.output_tokens", self.output_tokens, 1)
+        at_least("job.tap_every", self.tap_every, 1)
+        if self.disk_gib <= 0:
+            raise ConfigError(f"job.disk_gib: expected above 0, got {self.disk_gib}")
+        if self.device not in (None, "cpu") and not is_device(self.device):
+            raise ConfigError(f"job.device: expected cpu or cuda:N, got {self.device!r}")
+
+
+Job = (
+    BatchJob | ServeJob | ChatJob | StatusJob | CancelJob | KeysJob | PlanJob | BenchJob | CheckJob
+)
 JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
     {
         "batch": BatchJob,
@@ -437,8 +538,10 @@ JOBS: Mapping[str, type[Job]] = types.MappingProxyType(
         "chat": ChatJob,
         "status": StatusJob,
         "cancel": CancelJob,
+        "keys": KeysJob,
         "plan": PlanJob,
         "bench": BenchJob,
+        "check": CheckJob,
     }
 )
 
@@ -454,6 +557,7 @@ class Config:
     scheduler: SchedulerSettings = dataclasses.field(default_factory=SchedulerSettings)
     sampling: SamplingDefaults = dataclasses.field(default_factory=SamplingDefaults)
     coordinator: CoordinatorSettings = dataclasses.field(default_factory=CoordinatorSettings)
+    shutdown: ShutdownSettings = dataclasses.field(default_factory=ShutdownSettings)
     supervisor: SupervisorSettings = dataclasses.field(default_factory=SupervisorSettings)
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     trace: TraceSettings = dataclasses.field(default_factory=TraceSettings)
@@ -473,29 +577,23 @@ class Config:
     """Least severe log line that goes to stderr."""
 
 
-def build(plain: Mapping[str, Any]) -> Config:
+def build(plain: Mapping[str, Any], *, on_gpus: bool = False) -> Config:
     """The validated configuration in ``plain``, nested maps as Hydra composes them.
+
+    Args:
+        plain: what is not in it has its default.
+        on_gpus: which default those settings get that have one for GPUs and are null in ``plain``.
 
     Raises:
         ConfigError: an unknown key (with a suggestion), a wrong type, a value out of range;
             the text starts with the dotted key.
     """
-    config = typing.cast(Config, _build_dataclass(Config, plain, ""))
-    for part in (
-        config.job,
-        config.model,
-        config.pipeline,
-        config.cache,
-        config.scheduler,
-        config.sampling,
-        config.coordinator,
-        config.supervisor,
-        config.metrics,
-        config.trace,
-        config.debug,
-        config.plan,
-    ):
-        part.check()
+    plain = _fill_by_device(plain, on_gpus=on_gpus)
+    config = build_dataclass(Config, plain, known_keys=dotted_keys())
+    for field in dataclasses.fields(config):
+        part: Any = getattr(config, field.name)
+        if hasattr(part, "check"):
+            part.check()
     return config
 
 
@@ -505,10 +603,31 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def default_plain() -> dict[str, Any]:
-    """Every key but ``job`` with its default, as nested maps."""
+    """Every key but ``job`` with its default, as nested maps; null where devices decide."""
     plain = to_plain(Config())
     del plain["job"]
+    for group, name, _ in _defaults_by_device():
+        plain[group][name] = None
     return plain
+
+
+def _defaults_by_device() -> Iterator[tuple[str, str, tuple[Any, Any]]]:
+    """Group, name, and the defaults on CPUs and on GPUs."""
+    for group in dataclasses.fields(Config):
+        settings = group.default_factory
+        if dataclasses.is_dataclass(settings):
+            for field in dataclasses.fields(settings):
+                if ON_GPUS in field.metadata:
+                    yield group.name, field.name, (field.default, field.metadata[ON_GPUS])
+
+
+def _fill_by_device(plain: Mapping[str, Any], *, on_gpus: bool) -> Mapping[str, Any]:
+    filled = dict(plain)
+    for group, name, defaults in _defaults_by_device():
+        given = filled.get(group, {})
+        if isinstance(given, Mapping) and given.get(name) is None:
+            filled[group] = {**given, name: defaults[on_gpus]}
+    return filled
 
 
 def dotted_keys() -> list[str]:
@@ -517,122 +636,3 @@ def dotted_keys() -> list[str]:
     for group, value in default_plain().items():
         keys += [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
     return sorted(set(keys))
-
-
-def _build_dataclass(cls: type[Any], plain: Any, prefix: str) -> Any:
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')}: expected a group of settings, got {plain!r}")
-    hints = typing.get_type_hints(cls)
-    for key in plain:
-        if key not in hints:
-            known = [prefix + name for name in hints] if prefix else [*hints, *dotted_keys()]
-            raise ConfigError(f"{prefix}{key}: no such setting{suggest(f'{prefix}{key}', known)}")
-    return cls(
-        **{key: _build_value(hints[key], value, prefix + key) for key, value in plain.items()}
-    )
-
-
-def _build_value(hint: Any, value: Any, key: str) -> Any:
-    if hint == Job:
-        return _build_job(value)
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(typing.cast(type[Any], hint), value, f"{key}.")
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in options:
-            return None
-        hint = next(option for option in options if option is not type(None))
-        return _build_value(hint, value, key)
-    if origin is Literal:
-        if value not in options:
-            listed = ", ".join(str(option) for option in options)
-            raise ConfigError(
-                f"{key}: expected one of {listed}; got {value!r}{suggest(str(value), options)}"
-            )
-        return value
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key}: expected a list, got {value!r}")
-        return [_build_value(options[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
-    return _build_scalar(dict if origin is dict else hint, value, key)
-
-
-def _build_scalar(hint: Any, value: Any, key: str) -> Any:
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        names = {
-            int: "a whole number",
-            float: "a number",
-            bool: "true or false",
-            str: "text",
-        }
-        raise ConfigError(f"{key}: expected {names.get(hint, hint.__name__)}, got {value!r}")
-    return value
-
-
-def _build_job(plain: Any) -> Job:
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"job: expected one of {', '.join(JOBS)}; got {plain!r}")
-    name = str(plain.get("name"))
-    if name not in JOBS:
-        raise ConfigError(
-            f"job: expected one of {', '.join(JOBS)}; got {name!r}{suggest(name, JOBS)}"
-        )
-    return typing.cast(Job, _build_dataclass(JOBS[name], plain, "job."))
-
-
-def _at_least(key: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise ConfigError(f"{key}: expected at least {low}, got {value}")
-
-
-def _check_devices(devices: Any, num_stages: int, num_replicas: int) -> None:
-    key = "pipeline.devices"
-    if isinstance(devices, str):
-        if devices not in ("auto", "cpu") and not _is_device(devices):
-            raise ConfigError(
-                f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}"
-            )
-        return
-    if not isinstance(devices, list | tuple):
-        raise ConfigError(f"{key}: expected auto, cpu, cuda:N or a list of these, got {devices!r}")
-    if len(devices) != num_stages * num_replicas:
-        copies = f" and pipeline.replicas={num_replicas}" if num_replicas > 1 else ""
-        raise ConfigError(
-            f"{key}: {len(devices)} devices for pipeline.stages={num_stages}{copies}; give one "
-            "per stage"
-        )
-    for device in devices:
-        if device not in ("auto", "cpu") and not _is_device(device):
-            raise ConfigError(f"{key}: expected auto, cpu or cuda:N, got {device!r}")
-
-
-def _is_device(device: Any) -> bool:
-    return isinstance(device, str) and device.startswith("cuda:") and device[5:].isdecimal()
-
-
-def _check_split(split: Any, num_stages: int) -> None:
-    if split in ("auto", "equal"):
-        return
-    is_counts = isinstance(split, list | tuple) and all(
-        isinstance(count, int)
-        and not isinstance(count, bool)
-        and count >= (0 if 0 < stage == len(split) - 1 else 1)
-        for stage, count in enumerate(split)
-    )
-    if not is_counts:
-        raise ConfigError(
-            f"pipeline.split: expected auto, equal or a list of layer counts, got {split!r}"
-        )
-    if len(split) != num_stages:
-        raise ConfigError(f"pipeline.split: {len(split)} counts for pipeline.stages={num_stages}")
-
-
-def _check_shard(shard: str) -> None:
-    index, _, total = shard.partition("/")
-    is_valid = index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total)
-    if not is_valid:
-        raise ConfigError(f"job.shard: expected I/N with 1 <= I <= N, such as 3/16; got {shard!r}")

@@ -234,6 +234,14 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def takes_gpus(wanted: Any) -> bool:
+    """Whether any stage runs on a GPU, by ``pipeline.devices``."""
+    names = wanted if isinstance(wanted, list | tuple) else [wanted]
+    if any(str(name).startswith("cuda:") for name in names):
+        return True
+    return "auto" in names and count_gpus() > 0
+
+
 def count_gpus() -> int:
     """CUDA devices that this process may use, asked of the driver without torch; 0 without one."""
     driver = _open_driver()

@@ -15,10 +15,6 @@ from typing import Any
 
 from ember_pp.errors import InvalidRequestError
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_LOGIT_BIAS_ENTRIES = 1024
-MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGPROBS = 20
 _MAX_SHOWN = 80
 
@@ -147,6 +143,58 @@ class SamplingParams:
         return plain
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSizes:
+    """How much a request's sampling fields may hold; settings of ``coordinator`` by these names."""
+
+    max_stop_strings: int
+    max_stop_characters: int
+    max_stop_token_ids: int
+    max_logit_bias_entries: int
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Refuse what is more than one request may ask for, before anything looks at each item.
+
+        Args:
+            fields: as ``SamplingParams.from_mapping`` takes them; what it would refuse passes.
+
+        Raises:
+            InvalidRequestError: names the field and the setting that bounds it.
+        """
+        stop = fields.get("stop")
+        strings = (stop,) if isinstance(stop, str) else stop
+        longest = max((_num_items(text) for text in _items(strings)), default=0)
+        for field, size, of_what, setting in (
+            ("stop", _num_items(strings), "strings", "max_stop_strings"),
+            ("stop", longest, "characters in a string", "max_stop_characters"),
+            (
+                "stop_token_ids",
+                _num_items(fields.get("stop_token_ids")),
+                "ids",
+                "max_stop_token_ids",
+            ),
+            (
+                "logit_bias",
+                _num_items(fields.get("logit_bias")),
+                "entries",
+                "max_logit_bias_entries",
+            ),
+        ):
+            limit = getattr(self, setting)
+            if size > limit:
+                raise InvalidRequestError(
+                    f"{field}: {size} {of_what}; at most {limit} (coordinator.{setting})"
+                )
+
+
+def _items(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _num_items(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple | Mapping) else 0
+
+
 def check_against_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Refuse token ids that a vocabulary of ``vocab_size`` tokens does not have.
 
@@ -210,15 +258,9 @@ def _check_int(name: str, value: Any, *, low: int, high: int) -> None:
 
 def _check_stop(stop: Any) -> None:
     stop = _as_tuple("stop", stop)
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     for text in stop:
         if not isinstance(text, str) or not text:
             raise InvalidRequestError(f"stop: expected non-empty strings, got {_shown(text)}")
-        if len(text) > MAX_STOP_LENGTH:
-            raise InvalidRequestError(
-                f"stop: a string of {len(text)} characters; at most {MAX_STOP_LENGTH}"
-            )
         if not _is_encodable(text):
             raise InvalidRequestError(f"stop: not valid Unicode: {_shown(text)}")
 
@@ -234,10 +276,6 @@ def _is_encodable(text: str) -> bool:
 
 def _check_stop_token_ids(token_ids: Any) -> None:
     token_ids = _as_tuple("stop_token_ids", token_ids)
-    if len(token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequestError(
-            f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} ids, got {len(token_ids)}"
-        )
     for token_id in token_ids:
         _check_int("stop_token_ids", token_id, low=0, high=2**31 - 1)
 
@@ -246,10 +284,6 @@ def _check_logit_bias(bias: Any) -> None:
     if not isinstance(bias, Mapping):
         raise InvalidRequestError(
             f"logit_bias: expected a map of token id to number, got {_shown(bias)}"
-        )
-    if len(bias) > MAX_LOGIT_BIAS_ENTRIES:
-        raise InvalidRequestError(
-            f"logit_bias: at most {MAX_LOGIT_BIAS_ENTRIES} entries, got {len(bias)}"
         )
     for token_id, value in bias.items():
         _check_int("logit_bias", token_id, low=0, high=2**31 - 1)

@@ -2,18 +2,23 @@
 
 The coordinator binds, everyone else connects in. Every socket here has ``LINGER`` set, never
 blocks on send, and belongs to the thread that made it; the exceptions are ``wake`` methods.
-Addresses are ``ipc://PATH`` or ``tcp://HOST:PORT`` with a loopback host.
+Addresses are ``ipc://PATH`` or ``tcp://HOST:PORT``; a host that other machines can reach needs
+CURVE keys: every byte is then encrypted, and only clients whose keys are allowed get in.
 
     RouterSocket        coordinator side: many peers, each with an identity
     DealerSocket        client and stage side: one peer
     AsyncDealerSocket   the same for asyncio
     Heart               stage side: returns heartbeats without running Python
     PrivateDirectory    a 0700 folder for ``ipc://`` sockets that leaves nothing behind
+    ServerKeys          what a router with CURVE needs
+    ClientKeys          what a dealer with CURVE needs
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import errno
 import ipaddress
 import math
@@ -22,21 +27,30 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import zmq
 import zmq.asyncio
+import zmq.utils.z85
 
 from ember_pp import protocol
 from ember_pp.errors import AddressError, ProtocolError
 
 _LINGER_MS = 1000  # long enough for a last message to a live peer, never for ever
-_SEND_QUEUE = 100_000  # messages queued to one peer before it counts as gone
+_SEND_QUEUE = 100_000  # messages to a stage that wait to be read before it counts as gone
+_RECEIVE_QUEUE = 1000  # messages of one peer that wait to be looked at; then it has to wait
+_BACKLOG = 4096  # connections that arrive at once
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 30_000  # a machine that is gone closes nothing
+_RECONNECT_MS, _MAX_RECONNECT_MS = 100, 5_000
+_MAX_FAILED_HANDSHAKES = 5  # in a row; one may fail because the coordinator just ends
+_ZAP_ADDRESS = "inproc://zeromq.zap.01"
+_ZAP_DOMAIN = b"ember-pp"
 _MAX_IPC_PATH_BYTES = 107  # sockaddr_un on Linux
 _DIRECTORY_PREFIX = "ember-pp-"
 # As plain numbers: the library's flags are an enum, whose arithmetic takes as long as a send.
@@ -44,12 +58,55 @@ _AT_ONCE = int(zmq.NOBLOCK)
 _MORE_FOLLOWS = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
-def check_address(address: str) -> None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A CURVE key, both halves in Z85 (40 characters)."""
+
+    public: bytes
+    secret: bytes = dataclasses.field(repr=False)
+
+    @classmethod
+    def make(cls) -> KeyPair:
+        """A new one."""
+        return cls(*zmq.curve_keypair())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """With what a router with CURVE listens."""
+
+    pair: KeyPair
+    is_allowed: Callable[[bytes], bool]
+    """Whether a client with this public key (Z85) may connect; asked for each connection."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClientKeys:
+    """With what a dealer with CURVE connects."""
+
+    pair: KeyPair
+    server: bytes
+    """Public key of the server."""
+
+
+class Delivery(enum.Enum):
+    """What became of a message that was to be sent; true if it is on its way."""
+
+    SENT = enum.auto()
+    UNREAD = enum.auto()
+    """The peer is there and does not read: its queue is full."""
+    GONE = enum.auto()
+
+    def __bool__(self) -> bool:
+        return self is Delivery.SENT
+
+
+def check_address(address: str, *, has_keys: bool = False) -> None:
     """Refuse an address that cannot or must not be used.
 
     Raises:
         AddressError: not ``ipc://PATH`` or ``tcp://HOST:PORT``, a path that is too long for a
-            Unix socket, or a TCP host that other machines can reach.
+            Unix socket, or a TCP host that other machines can reach without ``has_keys``.
     """
     if address.startswith("ipc://"):
         path = address.removeprefix("ipc://")
@@ -64,11 +121,17 @@ def check_address(address: str) -> None:
         raise AddressError(
             f"coordinator.address: expected ipc://PATH or tcp://HOST:PORT, got {address!r}"
         )
-    if not _is_loopback(match[1].strip("[]")):
+    if not has_keys and can_be_reached_from_elsewhere(address):
         raise AddressError(
-            f"coordinator.address: {address!r} can be reached from other machines, and this "
-            "version has no encryption; use ipc://PATH or tcp://127.0.0.1:PORT (and a tunnel)"
+            f"coordinator.address: {address!r} can be reached from other machines: it needs CURVE "
+            "keys (docs/trust.md); or use ipc://PATH or tcp://127.0.0.1:PORT (and a tunnel)"
         )
+
+
+def can_be_reached_from_elsewhere(address: str) -> bool:
+    """Whether other machines can connect to ``address``."""
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    return address.startswith("tcp://") and not _is_loopback(host)
 
 
 def default_address() -> str:
@@ -119,38 +182,83 @@ def _refuse_occupied(address: str) -> None:
     raise AddressError(f"coordinator.address: {address} is in use by another coordinator")
 
 
+class _Gatekeeper:
+    """Says who may connect to the sockets of its context: ZeroMQ asks it (RFC 27) for each client
+    that has proved to own its key.
+
+    One context has at most one, so a router with keys has a context of its own.
+    """
+
+    def __init__(self, context: Any, is_allowed: Callable[[bytes], bool]) -> None:
+        self._is_allowed = is_allowed
+        self.socket = _make_socket(context, zmq.ROUTER)
+        self.socket.bind(_ZAP_ADDRESS)
+
+    def answer_all(self) -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._answer(self.socket.recv_multipart(_AT_ONCE))
+
+    def _answer(self, frames: list[bytes]) -> None:
+        # route, "", version, request id, domain, address, identity, mechanism, key
+        route, request_id, mechanism, key = frames[0], frames[3], frames[7], frames[8:]
+        is_allowed = mechanism == b"CURVE" and self._is_allowed(zmq.utils.z85.encode(key[0]))
+        code, text = (b"200", b"OK") if is_allowed else (b"400", b"this key is not allowed")
+        self.socket.send_multipart([route, b"", b"1.0", request_id, code, text, b"", b""])
+
+
 class RouterSocket:
     """A bound socket that talks to many peers, each named by its identity.
 
     Args:
         address: where to listen.
         max_message_bytes: larger messages end the sender's connection.
+        max_unread: messages to one peer that wait to be read by it.
+        keys: CURVE keys; None: peers are not asked for any.
 
     Raises:
         AddressError: the address is malformed, not allowed, taken or cannot be bound.
     """
 
-    def __init__(self, address: str, *, max_message_bytes: int) -> None:
-        check_address(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        max_unread: int = _SEND_QUEUE,
+        keys: ServerKeys | None = None,
+    ) -> None:
+        check_address(address, has_keys=keys is not None)
         _refuse_occupied(address)
         self.address = address
-        self._socket = _make_socket(zmq.Context.instance(), zmq.ROUTER)
-        self._socket.sndhwm = _SEND_QUEUE
-        self._socket.rcvhwm = _SEND_QUEUE
+        self._own_context = None if keys is None else zmq.Context()
+        context = self._own_context or zmq.Context.instance()
+        self._gatekeeper = None if keys is None else _Gatekeeper(context, keys.is_allowed)
+        self._socket = _make_socket(context, zmq.ROUTER)
+        if keys is not None:
+            self._socket.curve_server = True
+            self._socket.curve_secretkey = keys.pair.secret
+            self._socket.zap_domain = _ZAP_DOMAIN
+        self._socket.sndhwm = max_unread
+        self._socket.rcvhwm = _RECEIVE_QUEUE
+        self._socket.backlog = _BACKLOG
         self._socket.maxmsgsize = max_message_bytes
         self._socket.router_mandatory = True
+        _prepare_tcp(self._socket, address)
         self._monitor: Any = None
         self._has_disconnects = False
+        self.num_refused = 0
+        """Connections that ended before their peer was known, as far as they are watched."""
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            self._socket.close(linger=0)
+            self._close_sockets(linger_ms=0)
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error}"
             raise AddressError(f"coordinator.address: {address} {reason}") from None
 
     def watch_disconnects(self) -> None:
-        """From now on ``wait_readable`` notices connections that end."""
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        """From now on ``wait_readable`` notices connections that end, or are refused."""
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _FAILED_HANDSHAKES)
 
     def take_disconnects(self) -> bool:
         """Whether ``wait_readable`` saw a connection end since the last call.
@@ -161,10 +269,9 @@ class RouterSocket:
         return has_disconnects
 
     def _drain_monitor(self) -> None:
-        self._has_disconnects = True
-        with contextlib.suppress(zmq.Again):
-            while True:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
+        for event in _take_events(self._monitor):
+            self._has_disconnects |= event == zmq.EVENT_DISCONNECTED
+            self.num_refused += bool(event & _FAILED_HANDSHAKES)
 
     def receive_all(
         self, max_messages: int = 1000
@@ -192,8 +299,8 @@ class RouterSocket:
             except ProtocolError as error:
                 yield identity, error, len(payload)
 
-    def send(self, identity: bytes, message: protocol.Message | bytes) -> bool:
-        """Send to one peer; False when it is gone or does not read what it was sent.
+    def send(self, identity: bytes, message: protocol.Message | bytes) -> Delivery:
+        """Send to one peer; false when it is gone or does not read what it was sent.
 
         ``message`` may be encoded already, to send the same to several peers.
         """
@@ -202,10 +309,12 @@ class RouterSocket:
             self._socket.send(identity, _MORE_FOLLOWS)
             self._socket.send(packed, _AT_ONCE)
         except zmq.ZMQError as error:
-            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
-                return False
+            if error.errno == errno.EAGAIN:
+                return Delivery.UNREAD
+            if error.errno == errno.EHOSTUNREACH:
+                return Delivery.GONE
             raise
-        return True
+        return Delivery.SENT
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Stop listening; what is queued goes out within ``linger_ms``."""
@@ -213,10 +322,17 @@ class RouterSocket:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._monitor = None
-        self._socket.close(linger=linger_ms)
+        self._close_sockets(linger_ms=linger_ms)
         if self.address.startswith("ipc://"):
             with contextlib.suppress(OSError):
                 os.unlink(self.address.removeprefix("ipc://"))
+
+    def _close_sockets(self, *, linger_ms: int) -> None:
+        self._socket.close(linger=linger_ms)
+        if self._gatekeeper is not None:
+            self._gatekeeper.socket.close(linger=0)
+        if self._own_context is not None:
+            self._own_context.term()
 
 
 def wait_readable(
@@ -232,6 +348,8 @@ def wait_readable(
         poller.register(router._socket, zmq.POLLIN)
         if router._monitor is not None:
             poller.register(router._monitor, zmq.POLLIN)
+        if router._gatekeeper is not None:
+            poller.register(router._gatekeeper.socket, zmq.POLLIN)
     wanted = set(file_descriptors)
     for descriptor in wanted:
         poller.register(descriptor, zmq.POLLIN)
@@ -240,6 +358,8 @@ def wait_readable(
     for router in routers:
         if router._monitor in ready:
             router._drain_monitor()
+        if router._gatekeeper is not None and router._gatekeeper.socket in ready:
+            router._gatekeeper.answer_all()
     return wanted & ready
 
 
@@ -249,12 +369,19 @@ class DealerSocket:
     Args:
         address: where the coordinator listens (or will soon).
         identity: how the coordinator names this peer; random when empty.
+        keys: CURVE keys; None: the coordinator does not ask for any.
+
+    Raises:
+        AddressError: the address is malformed or not allowed.
     """
 
-    def __init__(self, address: str, *, identity: bytes = b"") -> None:
-        check_address(address)
+    def __init__(
+        self, address: str, *, identity: bytes = b"", keys: ClientKeys | None = None
+    ) -> None:
+        check_address(address, has_keys=keys is not None)
         self.address = address
-        self._socket = _connect_dealer(zmq.Context.instance(), address, identity)
+        self._socket = _connect_dealer(zmq.Context.instance(), address, identity, keys)
+        self._watch = None if keys is None else _HandshakeWatch(self._socket, address)
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -269,8 +396,11 @@ class DealerSocket:
 
         Raises:
             ProtocolError: what came is no message.
+            AddressError: the coordinator does not accept our key, or has another one.
         """
         packed = self._receive_now()
+        if self._watch is not None:
+            self._watch.check(_take_events(self._watch.monitor), has_message=packed is not None)
         if packed is None:
             self._poller.poll(None if timeout_s is None else max(0, round(timeout_s * 1000)))
             with contextlib.suppress(BlockingIOError):
@@ -299,6 +429,8 @@ class DealerSocket:
         """Close; what is queued goes out within ``linger_ms``."""
         if self._socket.closed:
             return
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=linger_ms)
         os.close(self._wake_reader)
         os.close(self._wake_writer)
@@ -324,7 +456,7 @@ class Heart:
     def __init__(self, address: str, *, identity: bytes) -> None:
         check_address(address)
         self._context = zmq.Context()
-        dealer = _connect_dealer(self._context, address, heart_of(identity))
+        dealer = _connect_dealer(self._context, address, heart_of(identity), keys=None)
         self._thread = threading.Thread(target=_echo, args=(dealer,), name="heart", daemon=True)
         self._thread.start()
 
@@ -343,26 +475,86 @@ def _echo(dealer: Any) -> None:
 class AsyncDealerSocket:
     """``DealerSocket`` for asyncio; belongs to the event loop that runs when it is made."""
 
-    def __init__(self, address: str) -> None:
-        check_address(address)
+    def __init__(self, address: str, *, keys: ClientKeys | None = None) -> None:
+        check_address(address, has_keys=keys is not None)
         self.address = address
         self._context = zmq.asyncio.Context()
-        self._socket = _connect_dealer(self._context, address, b"")
+        self._socket = _connect_dealer(self._context, address, b"", keys)
+        self._watch = None if keys is None else _HandshakeWatch(self._socket, address)
 
     async def send(self, message: protocol.Message) -> None:
         """Queue a message; it goes out when the peer is there."""
         await self._socket.send(protocol.encode(message))
 
     async def receive(self, timeout_s: float) -> protocol.Message | None:
-        """The next message, or None when the time is over."""
+        """The next message, or None when the time is over; raises as ``DealerSocket.receive``."""
         if not await self._socket.poll(max(0, round(timeout_s * 1000))):
+            while self._watch is not None and await self._watch.monitor.poll(0):
+                self._watch.check([_event_of(await self._watch.monitor.recv_multipart())])
             return None
+        if self._watch is not None:
+            self._watch.check([], has_message=True)
         return protocol.decode(await self._socket.recv())
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close; what is queued goes out within ``linger_ms``."""
+        if self._watch is not None:
+            self._watch.close()
         self._socket.close(linger=linger_ms)
         self._context.term()
+
+
+_AUTH_FAILED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_FAILED_HANDSHAKES = (
+    _AUTH_FAILED
+    | int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+    | int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+)
+
+
+def _take_events(monitor: Any) -> list[int]:
+    """The events that a monitor has, without waiting."""
+    events: list[int] = []
+    with contextlib.suppress(zmq.Again):
+        while True:
+            events.append(_event_of(monitor.recv_multipart(_AT_ONCE)))
+    return events
+
+
+def _event_of(frames: list[bytes]) -> int:
+    return int.from_bytes(frames[0][:2], sys.byteorder)
+
+
+class _HandshakeWatch:
+    """Says why a dealer with keys does not get through; without it, it would only hear nothing."""
+
+    def __init__(self, dealer: Any, address: str) -> None:
+        self.monitor = dealer.get_monitor_socket(_FAILED_HANDSHAKES)
+        self._dealer = dealer
+        self._address = address
+        self._num_failed = 0
+
+    def check(self, events: Iterable[int], *, has_message: bool = False) -> None:
+        """Raise ``AddressError`` if the coordinator refuses us; a message says that it does not."""
+        if has_message:
+            self._num_failed = 0
+            return
+        for event in events:
+            self._num_failed += 1
+            if event == _AUTH_FAILED:
+                raise AddressError(
+                    f"coordinator.address: the coordinator at {self._address} does not accept this "
+                    "key; there, job=keys job.allow=[FILE] with a copy of our client.key lets it in"
+                )
+        if self._num_failed >= _MAX_FAILED_HANDSHAKES:
+            raise AddressError(
+                f"coordinator.address: {self._address} answers, but not with the key in server.key "
+                "(coordinator.keys); copy the file of the coordinator that runs there"
+            )
+
+    def close(self) -> None:
+        self._dealer.disable_monitor()
+        self.monitor.close(linger=0)
 
 
 def _make_socket(context: Any, kind: int) -> Any:  # Any: pyzmq's option attributes are dynamic
@@ -371,14 +563,27 @@ def _make_socket(context: Any, kind: int) -> Any:  # Any: pyzmq's option attribu
     return new_socket
 
 
-def _connect_dealer(context: Any, address: str, identity: bytes) -> Any:
+def _connect_dealer(context: Any, address: str, identity: bytes, keys: ClientKeys | None) -> Any:
     dealer = _make_socket(context, zmq.DEALER)
     dealer.sndhwm = 0  # a client bounds itself by its open requests, a stage by plans in flight
     dealer.rcvhwm = 0
     if identity:
         dealer.identity = identity
+    if keys is not None:
+        dealer.curve_serverkey = keys.server
+        dealer.curve_publickey = keys.pair.public
+        dealer.curve_secretkey = keys.pair.secret
+        dealer.reconnect_ivl, dealer.reconnect_ivl_max = _RECONNECT_MS, _MAX_RECONNECT_MS
+    _prepare_tcp(dealer, address)
     dealer.connect(address)
     return dealer
+
+
+def _prepare_tcp(new_socket: Any, address: str) -> None:
+    if address.startswith("tcp://"):
+        new_socket.ipv6 = "[" in address
+        new_socket.heartbeat_ivl = _HEARTBEAT_MS
+        new_socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
 
 
 class PrivateDirectory:

@@ -85,7 +85,10 @@ def _default(field: dataclasses.Field[Any]) -> str:
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     )
     words = {None: "null", True: "true", False: "false"}
-    return f"`{words[value] if value is None or isinstance(value, bool) else value}`"
+    text = f"`{words[value] if value is None or isinstance(value, bool) else value}`"
+    if config.ON_GPUS in field.metadata:
+        text += f", on GPUs `{field.metadata[config.ON_GPUS]}`"
+    return text
 
 
 def _meaning(settings: Any, name: str) -> str:

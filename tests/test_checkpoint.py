@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ember_pp.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     expected_tensors,
+    load_tensors,
     locate,
     read_config,
     read_generation_config,
@@ -157,8 +159,10 @@ def test_check_is_quick_for_a_large_index(tmp_path: Path) -> None:
 def test_save_tensors_is_read_back(tmp_path: Path) -> None:
     tensors = {"layer.0": torch.randn(3, 4).T, "ids": torch.arange(3)}
     save_tensors(tmp_path / "new" / "tap.safetensors", tensors)
-    loaded = load_file(tmp_path / "new" / "tap.safetensors")
-    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    for read in (load_file, load_tensors):
+        loaded = read(tmp_path / "new" / "tap.safetensors")
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 # --------------------------------------------------------------------------------------
@@ -299,6 +303,16 @@ SHARDED_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: claim_everything_is_in(folder, "/etc/model.safetensors"),
         r"'/etc/model.safetensors' leads out of the checkpoint folder",
     ),
+    "index leaves the folder on the way": (
+        lambda folder: claim_everything_is_in(folder, "sub/../../model.safetensors"),
+        r"'sub/../../model.safetensors' leads out of the checkpoint folder",
+    ),
+    "index names a name that rings": (
+        lambda folder: edit_index(
+            folder, lambda index: index["weight_map"].update({"a\x07": "model.safetensors"})
+        ),
+        r"weight_map: 'a\\x07' is no tensor's name",
+    ),
     "shard lacks what the index says": (
         lambda folder: rename_in_header(
             shards_of(folder)[1], b"layers.0.mlp.up_proj.weight", b"layers.0.mlp.ap_proj.weight"
@@ -326,6 +340,112 @@ def test_damage_of_a_sharded_checkpoint_is_named(damage: str, sharded_copy: Path
     apply(sharded_copy)
     with pytest.raises(CheckpointError, match=message):
         open_and_check(sharded_copy)
+
+
+# --------------------------------------------------------------------------------------
+# headers
+
+
+def entry(start: Any = 0, end: Any = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def write_single(folder: Path, header: bytes | dict[str, Any], num_bytes: int = 8) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / SINGLE
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0" * num_bytes)
+    return path
+
+
+def test_a_header_by_hand_is_read(tmp_path: Path) -> None:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "b": entry(8, 8, [3, 0]),
+        "a": entry(),
+        "scalar": entry(8, 12, []),
+    }
+    write_single(tmp_path, header, 12)
+    found = Checkpoint.open(tmp_path).tensors
+    assert {name: (stored.shape, stored.num_bytes) for name, stored in found.items()} == {
+        "b": ((3, 0), 0),
+        "a": ((2,), 8),
+        "scalar": ((), 4),
+    }
+
+
+LYING_HEADERS: dict[str, bytes | dict[str, Any]] = {
+    "no map": b"[]",
+    "a number": b"7",
+    "nothing": b"",
+    "deep": b"[" * 100_000,
+    "not UTF-8": b'{"\xff": 1}',
+    "a name twice": b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2),
+    "a key twice in a tensor": b'{"a": {"dtype":"F32","dtype":"BF16","shape":[2],'
+    b'"data_offsets":[0,8]}}',
+    "no name": {"": entry()},
+    "a name that rings": {"a\x07": entry()},
+    "a name without end": {"a" * 513: entry()},
+    "half a surrogate pair": b'{"\\ud800": %s}' % json.dumps(entry()).encode(),
+    "an entry that is none": {"a": 7},
+    "no dtype": {"a": {"shape": [2], "data_offsets": [0, 8]}},
+    "dtype no text": {"a": entry(dtype=["F32"])},
+    "shape no list": {"a": entry(shape="2")},
+    "one offset": {"a": entry() | {"data_offsets": [0]}},
+    "three offsets": {"a": entry() | {"data_offsets": [0, 8, 8]}},
+    "sizes whose product is right": {"a": entry(shape=[-1, -2])},
+    "a fraction": {"a": entry(shape=[2.0])},
+    "text": {"a": entry(shape=["2"])},
+    "true": {"a": entry(shape=[True, 2])},
+    "infinite": b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, Infinity]}}',
+    "a number of many digits": b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 8]}}'
+    % (b"9" * 5000),
+    "many dimensions": {"a": entry(shape=[1] * 9 + [2])},
+    "before the data": {"a": entry(-8, 0)},
+    "backwards": {"a": entry(8, 0)},
+    "more than its shape takes": {"a": entry(shape=[1])},
+    "less than its shape takes": {"a": entry(shape=[3])},
+    "another dtype than its bytes": {"a": entry(dtype="BF16")},
+    "a hole before it": {"a": entry(4, 8, [1])},
+    "an overlap": {"a": entry(0, 4, [1]), "b": entry(2, 6, [1]), "c": entry(6, 8, [1], "F16")},
+    "the same bytes twice": {"a": entry(), "b": entry()},
+}
+
+
+@pytest.mark.parametrize("lie", LYING_HEADERS)
+def test_a_header_that_lies_is_refused(lie: str, tmp_path: Path) -> None:
+    write_single(tmp_path, LYING_HEADERS[lie])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its header is damaged"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_header_beyond_the_limit_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_single(tmp_path, {"a": entry()})
+    monkeypatch.setattr(checkpoint, "_MAX_HEADER_BYTES", path.stat().st_size - 17)
+    with pytest.raises(CheckpointError, match="its header is cut short or damaged"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_file_that_claims_more_than_it_has_is_refused(tmp_path: Path) -> None:
+    write_single(tmp_path, {"a": entry(0, 2**62, [2**60])})
+    with pytest.raises(CheckpointError, match="cut short"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_a_pipe_is_not_waited_for(name: str, single_copy: Path) -> None:
+    (single_copy / name).unlink()
+    os.mkfifo(single_copy / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: is no regular file"):
+        open_and_check(single_copy)
+
+
+def test_a_huge_config_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"a": "%s"}' % ("x" * 1000))
+    monkeypatch.setattr(checkpoint, "_MAX_JSON_BYTES", 1000)
+    with pytest.raises(CheckpointError, match=r"config\.json: more than 1000 bytes"):
+        read_config(tmp_path)
 
 
 NORM = "model.layers.1.post_attention_layernorm.weight"

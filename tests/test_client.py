@@ -388,6 +388,8 @@ def test_answers_that_were_taken_are_not_kept(client):
     for _ in range(5):
         client.generate("hello")
     list(client.stream("hello"))
+    for _part in client.stream("hello"):
+        break  # whose end nobody asks for
     assert not client._session.ended
 
 

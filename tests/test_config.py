@@ -22,23 +22,36 @@ KEYS = {
     "cache.memory_share",
     "cache.prefix",
     "coordinator.address",
+    "coordinator.curve",
+    "coordinator.keys",
+    "coordinator.max_logit_bias_entries",
     "coordinator.max_message_bytes",
     "coordinator.max_prompt_characters",
     "coordinator.max_prompt_tokens",
     "coordinator.max_queued_bytes",
     "coordinator.max_queued_requests",
+    "coordinator.max_stop_characters",
+    "coordinator.max_stop_strings",
+    "coordinator.max_stop_token_ids",
+    "coordinator.max_unread_messages",
     "coordinator.shutdown_grace_s",
     "coordinator.start_timeout_s",
     "debug.record",
     "debug.tap",
+    "debug.tap_every",
     "handoff",
+    "job.against",
+    "job.allow",
     "job.batch",
     "job.compare",
+    "job.device",
+    "job.disk_gib",
     "job.enable_thinking",
     "job.errors",
     "job.input",
     "job.input_tokens",
     "job.lengths",
+    "job.make",
     "job.max_open_requests",
     "job.name",
     "job.on_bad_line",
@@ -48,9 +61,11 @@ KEYS = {
     "job.overwrite",
     "job.repeats",
     "job.request_ids",
+    "job.requests",
     "job.seed",
     "job.shard",
     "job.system",
+    "job.tap_every",
     "job.warmup",
     "job.workload",
     "kernels",
@@ -94,6 +109,7 @@ KEYS = {
     "scheduler.max_sequences",
     "scheduler.max_tokens_per_plan",
     "scheduler.policy",
+    "shutdown.grace_s",
     "supervisor.build_timeout_s",
     "supervisor.heartbeat_interval_s",
     "supervisor.heartbeat_max_misses",
@@ -206,6 +222,17 @@ def test_plain_values_come_back():
     assert config.build(config.to_plain(composed)) == composed
 
 
+@pytest.mark.parametrize(("on_gpus", "expected"), [(False, (64, 512)), (True, (256, 2048))])
+def test_devices_decide_where_nothing_is_said(on_gpus, expected):
+    def sizes(**given):
+        scheduler = config.build(plain(scheduler=given), on_gpus=on_gpus).scheduler
+        return scheduler.max_sequences, scheduler.max_tokens_per_plan
+
+    assert sizes() == sizes(max_sequences=None) == expected
+    assert sizes(max_sequences=7) == (7, expected[1])
+    assert config.default_plain()["scheduler"]["max_sequences"] is None
+
+
 def test_nothing_can_be_changed_afterwards():
     composed = config.build(plain())
     with pytest.raises(AttributeError):
@@ -282,7 +309,13 @@ def field_names(job):
         ("coordinator.max_queued_bytes", 1024),
         ("coordinator.max_prompt_tokens", 0),
         ("coordinator.max_message_bytes", 1023),
+        ("coordinator.max_stop_strings", -1),
+        ("coordinator.max_logit_bias_entries", -1),
+        ("coordinator.max_unread_messages", 0),
         ("coordinator.start_timeout_s", 0),
+        ("shutdown.grace_s", -0.1),
+        ("shutdown.grace_s", float("inf")),
+        ("shutdown.grace_s", float("nan")),
         ("coordinator.shutdown_grace_s", -1),
         ("job.on_bad_line", "ignore"),
         ("job.max_open_requests", 0),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ember_pp import __main__ as entry
-from ember_pp import __version__, config, errors
+from ember_pp import __version__, config, devices, errors
 
 MODULE = [sys.executable, "-m", "ember_pp"]
 
@@ -260,6 +260,25 @@ def test_worst_exit_code_orders_them_all():
             pair = [from_best[better], from_best[worse]]
             assert entry.worst_exit_code(pair) == from_best[worse]
             assert entry.worst_exit_code(pair[::-1]) == from_best[worse]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_gpus", "max_sequences"),
+    [
+        ([], 0, 64),
+        ([], 1, 256),
+        (["pipeline.devices=cpu"], 1, 64),
+        (["pipeline.devices=[cpu,cuda:0]", "pipeline.stages=2"], 0, 256),
+        (["scheduler.max_sequences=3"], 1, 3),
+        (["plan.devices=RTX 4090"], 0, 64),  # only job=plan runs on what is described
+    ],
+)
+def test_defaults_are_those_of_the_devices(
+    batch_job, monkeypatch, arguments, num_gpus, max_sequences
+):
+    monkeypatch.setattr(devices, "count_gpus", lambda: num_gpus)
+    assert entry.main(arguments) == 0
+    assert batch_job.configs[0].scheduler.max_sequences == max_sequences
 
 
 # --------------------------------------------------------------------------------------

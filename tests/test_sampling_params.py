@@ -1,5 +1,6 @@
 """SamplingParams: round trips, every bad value named, suggestions, vocabulary."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,19 +12,16 @@ from hypothesis import strategies as st
 from ember_pp import protocol
 from ember_pp.errors import InvalidRequestError
 from ember_pp.sampling_params import (
-    MAX_LOGIT_BIAS_ENTRIES,
     MAX_LOGPROBS,
-    MAX_STOP_LENGTH,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
     SamplingParams,
+    SamplingSizes,
     check_against_vocabulary,
     suggest,
 )
 
 FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 TOKEN_IDS = st.integers(0, 2**31 - 1)
-STOP_STRINGS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=MAX_STOP_LENGTH)
+STOP_STRINGS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=256)
 
 VALID = {
     "temperature": st.floats(0, 100) | st.integers(0, 100),
@@ -37,7 +35,7 @@ VALID = {
     "seed": st.integers(-(2**63), 2**64 - 1),
     "max_tokens": st.integers(1000, 2**31 - 1),
     "min_tokens": st.integers(0, 1000),
-    "stop": st.lists(STOP_STRINGS, max_size=MAX_STOP_STRINGS).map(tuple),
+    "stop": st.lists(STOP_STRINGS, max_size=16).map(tuple),
     "stop_token_ids": st.lists(TOKEN_IDS, max_size=5).map(tuple),
     "ignore_eos": st.booleans(),
     "logprobs": st.integers(0, MAX_LOGPROBS),
@@ -77,7 +75,6 @@ BAD = {
         {5: 100.5},
         {5: "1"},
         {5: math.nan},
-        dict.fromkeys(range(MAX_LOGIT_BIAS_ENTRIES + 1), 0.0),
     ],
     "seed": [True, 1.0, "1", -(2**63) - 1, 2**64, 10**5000],
     "max_tokens": [True, 1.0, "1", 0, -1, 2**31],
@@ -89,8 +86,6 @@ BAD = {
         ("",),
         (5,),
         (None,),
-        ("x" * (MAX_STOP_LENGTH + 1),),
-        ("x",) * (MAX_STOP_STRINGS + 1),
         ("\ud800",),
     ],
     "stop_token_ids": [None, 5, "5", (-1,), (2**31,), (True,), (1.0,), ("5",)],
@@ -178,10 +173,43 @@ def test_logit_bias_refuses_a_token_id_in_two_spellings():
         SamplingParams.from_mapping({"logit_bias": {"5": 1.0, "05": 2.0}})
 
 
-def test_too_many_stop_token_ids_are_refused():
-    SamplingParams(stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS)))
-    with pytest.raises(InvalidRequestError, match="stop_token_ids: at most"):
-        SamplingParams(stop_token_ids=tuple(range(MAX_STOP_TOKEN_IDS + 1)))
+SIZES = SamplingSizes(
+    max_stop_strings=3, max_stop_characters=4, max_stop_token_ids=5, max_logit_bias_entries=6
+)
+TOO_MUCH = {
+    "max_stop_strings": ("stop: 4 strings; at most 3", {"stop": ["a"] * 4}),
+    "max_stop_characters": ("stop: 5 characters in a string; at most 4", {"stop": ["a", "abcde"]}),
+    "max_stop_token_ids": ("stop_token_ids: 6 ids; at most 5", {"stop_token_ids": [1] * 6}),
+    "max_logit_bias_entries": (
+        "logit_bias: 7 entries; at most 6",
+        {"logit_bias": dict.fromkeys(map(str, range(7)), 0.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", TOO_MUCH)
+def test_more_than_a_setting_allows_is_refused_by_its_name(setting):
+    message, fields = TOO_MUCH[setting]
+    with pytest.raises(InvalidRequestError, match=rf"^{message} \(coordinator\.{setting}\)$"):
+        SIZES.check(fields)
+
+
+def test_every_size_has_a_refusal_here():
+    assert set(TOO_MUCH) == {field.name for field in dataclasses.fields(SamplingSizes)}
+
+
+def test_as_much_as_the_settings_allow_passes():
+    SIZES.check({"stop": ["abcd"] * 3, "stop_token_ids": (1,) * 5})
+    SIZES.check({"logit_bias": dict.fromkeys(range(6), 0.0), "stop": "abcd"})
+    with pytest.raises(InvalidRequestError, match="max_stop_characters"):
+        SIZES.check({"stop": "abcde"})
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), ANYTHING))
+def test_sizes_of_what_is_no_field_value_are_not_its_business(fields):
+    """A wrong type is told as one, by ``from_mapping``."""
+    with contextlib.suppress(InvalidRequestError):
+        SIZES.check(fields)
 
 
 def test_min_tokens_must_fit_max_tokens():

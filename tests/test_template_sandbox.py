@@ -104,6 +104,35 @@ def test_python_cannot_be_reached(source):
         render(source, x=[])
 
 
+@pytest.mark.parametrize(
+    "name", ["secret.txt", "{folder}/secret.txt", "../secret.txt", "/etc/hostname"]
+)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{% include '{name}' %}}",
+        "{{% extends '{name}' %}}",
+        "{{% import '{name}' as m %}}{{{{ m }}}}",
+        "{{% from '{name}' import m %}}{{{{ m }}}}",
+        "{{% include ['{name}', 'secret.txt'] %}}",
+    ],
+)
+def test_no_file_can_be_read(source, name, tmp_path, monkeypatch):
+    """Not even one beside it: there is nothing that loads."""
+    (tmp_path / "secret.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TemplateError, match="no loader"):
+        render(source.format(name=name.format(folder=tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["open", "__import__", "eval", "exec", "input", "breakpoint", "os"]
+)
+def test_nothing_of_python_has_a_name_here(name):
+    with pytest.raises(TemplateError, match="undefined"):
+        render(f"{{{{ {name}('secret.txt') }}}}")
+
+
 def test_a_format_string_sees_nothing_of_python():
     assert render("{{ '[{0.__class__}]'.format(x) }}", x=[]) == "[]"
 

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Serve until a signal; returns the exit code."""
     plain = json.load(sys.stdin)
-    with StopSignal() as stop:
+    with StopSignal(is_child=True) as stop:
         _end_with_parent(plain["parent_pid"])
         config = configuration.build(plain["config"])
         logging.basicConfig(

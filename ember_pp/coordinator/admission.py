@@ -25,6 +25,7 @@ class Admission:
         self._base_seed = config.sampling.seed
         self._eos_token_ids = frozenset(preparation.eos_token_ids)
         limits = config.coordinator
+        self._sizes = limits.sampling_sizes
         most_tokens = limits.max_prompt_tokens or preparation.max_model_len
         self._max_characters = limits.max_prompt_characters or (
             _CHARACTERS_PER_TOKEN * min(most_tokens, preparation.max_model_len)
@@ -35,11 +36,13 @@ class Admission:
 
         Raises:
             InvalidRequestError: a field is unknown or out of range, or the prompt is empty or
-                not in the vocabulary; the text names the field. Lengths are the scheduler's
-                to check, which knows what fits.
+                not in the vocabulary, or something is larger than a setting allows, which the
+                text names beside the field. Lengths are the scheduler's to check, which knows
+                what fits.
         """
-        defaults = self._preparation.sampling_defaults
-        params = SamplingParams.from_mapping({**defaults, **_given(submit.sampling)})
+        fields = {**self._preparation.sampling_defaults, **_given(submit.sampling)}
+        self._sizes.check(fields)
+        params = SamplingParams.from_mapping(fields)
         check_against_vocabulary(params, self._preparation.model_config.vocab_size)
         if params.stop and self._tokenizer is None:
             raise InvalidRequestError("stop: this model has no tokenizer; use stop_token_ids")

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import logging
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from ember_pp.coordinator.router import Router
 from ember_pp.coordinator.sequence import Sequence
 from ember_pp.coordinator.stop_signal import StopSignal
 from ember_pp.coordinator.trace_output import TraceOutput, check_trace
+from ember_pp.coordinator.unread_clients import UnreadClients
 from ember_pp.errors import (
     EmberError,
     InvalidRequestError,
@@ -42,11 +44,15 @@ from ember_pp.errors import (
     TransportError,
     UnavailableError,
 )
-from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
+from ember_pp.key_files import server_keys
+from ember_pp.sockets import Delivery, PrivateDirectory, RouterSocket, wait_readable
 
 logger = logging.getLogger(__name__)
 
 _MAX_CLIENT_MESSAGES_PER_TURN = 64
+_HANG_UP_FACTOR = 2
+"""A message above ``coordinator.max_message_bytes`` is answered; of this many times as much the
+sender's connection ends, before it is all in memory."""
 _GONE_CHECK_DELAY_S = 0.1
 """From a broken connection to looking who is gone: the socket may hear of it a little later."""
 _NO_TOKEN = (
@@ -93,9 +99,20 @@ class Coordinator:
         self._num_output_tokens = 0
         self._metrics = metrics
         self._gone_check_at_s: float | None = None
+        self._unread = UnreadClients(
+            clients.send, max_unread=config.coordinator.max_unread_messages
+        )
+        self._num_refused_messages = 0
+        self._num_dropped_clients = 0
+        self._draining: str | None = None
+        """Name of the signal after which nothing new is taken."""
+        self._drain_until_s: float | None = None
 
-    def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> None:
-        """Serve until a signal; open requests are then refused by name.
+    def run(self, stop: StopSignal, announce: Callable[[str], None] = logger.info) -> int:
+        """Serve until a signal, and then what is open for ``shutdown.grace_s`` at most.
+
+        Returns:
+            How many requests were cut off; their clients are told.
 
         Raises:
             EmberError: a stage failed; every open request has been told.
@@ -108,9 +125,10 @@ class Coordinator:
                 self._turn(stop.descriptor)
                 if self._is_ready and not was_ready:
                     announce("ready")
-            raise UnavailableError(f"the coordinator was asked to end ({stop.name})")
-        except UnavailableError as ending:
-            self._fail_all(ending)
+            self._drain(stop, announce)
+            num_cut_off = len(self._open)
+            self._fail_all(UnavailableError(f"the coordinator was asked to end ({stop.name})"))
+            return num_cut_off
         except EmberError as failure:
             self._fail_all(failure)
             raise
@@ -121,6 +139,21 @@ class Coordinator:
             for pipeline in self._pipelines:
                 pipeline.stop("the coordinator ends")
             self._admission.close(self._config.coordinator.shutdown_grace_s)
+
+    def _drain(self, stop: StopSignal, announce: Callable[[str], None]) -> None:
+        """Let open requests end; a second signal, where it comes here, ends the wait."""
+        self._draining = stop.name
+        if not self._is_ready or not len(self._open):  # while it loads nothing can end
+            return
+        grace_s = self._config.shutdown.grace_s
+        self._drain_until_s = time.monotonic() + grace_s
+        announce(
+            f"{stop.name}: {len(self._open)} open requests have {grace_s:g} s to end; a second "
+            "signal ends at once"
+        )
+        while len(self._open) and not stop.is_urgent and time.monotonic() < self._drain_until_s:
+            stop.take()
+            self._turn(stop.descriptor)
 
     def _turn(self, stop_descriptor: int) -> None:
         descriptors = [stop_descriptor, self._admission.descriptor]
@@ -152,8 +185,9 @@ class Coordinator:
     def _timeout_s(self) -> float:
         """How long the loop may sleep."""
         moments_s = [pipeline.next_watch_s for pipeline in self._pipelines]
-        if self._gone_check_at_s is not None:
-            moments_s.append(self._gone_check_at_s)
+        moments_s += [
+            at_s for at_s in (self._gone_check_at_s, self._drain_until_s) if at_s is not None
+        ]
         return max(0.0, min(moments_s) - time.monotonic())
 
     def _open_when_ready(self) -> None:
@@ -193,8 +227,7 @@ class Coordinator:
             by_client.setdefault(request.client, []).append(request)
         self._fresh = {}
         for client, requests in by_client.items():
-            if not self._clients.send(client, take_deltas(requests)):
-                self._drop_client(client)
+            self._drop_unless(self._clients.send(client, take_deltas(requests)), client)
 
     def _release(self, request: Request) -> None:
         """The request needs its place in the pipeline no more, whether it ended or is given up."""
@@ -213,6 +246,8 @@ class Coordinator:
     def _take_client_message(
         self, client: bytes, message: protocol.Message | ProtocolError, num_bytes: int
     ) -> None:
+        if self._unread:
+            self._unread.tell(client)
         match message:
             case protocol.Submit():
                 self._on_submit(Submission(client, message, num_bytes))
@@ -222,13 +257,25 @@ class Coordinator:
                 own = [request.request_id for request in self._open.of_client(client)]
                 self._clients.send(client, protocol.StatusReply(self.status(), own))
             case ProtocolError():
+                self._num_refused_messages += 1
                 self._refuse(client, "", message)
             case _:
+                self._num_refused_messages += 1
                 error = ProtocolError(f"{type(message).__name__} is no message of a client")
                 self._refuse(client, "", error)
 
     def _on_submit(self, submission: Submission) -> None:
         try:
+            if submission.num_bytes > self._config.coordinator.max_message_bytes:
+                raise InvalidRequestError(
+                    f"a message of {submission.num_bytes} bytes; at most "
+                    f"{self._config.coordinator.max_message_bytes} "
+                    "(coordinator.max_message_bytes)"
+                )
+            if self._draining is not None:
+                raise UnavailableError(
+                    f"the coordinator is ending ({self._draining}) and takes nothing new"
+                )
             self._open.add(submission)
         except EmberError as error:
             self._refuse(submission.client, submission.request_id, error)
@@ -286,14 +333,21 @@ class Coordinator:
         else:
             self._close(request)
             nothing = protocol.Finished(request.request_id, "", b"", [], "abort", None, 0, 0, 0)
-            self._clients.send(request.client, nothing)
+            self._settle(request, self._clients.send(request.client, nothing))
         return True
 
     def _finish(self, request: Request, finish_reason: str) -> None:
         self._close(request)
         self._fresh.pop(request, None)  # the last message has it all
-        if not self._clients.send(request.client, request.take_finished(finish_reason)):
-            self._drop_client(request.client)
+        self._settle(
+            request, self._clients.send(request.client, request.take_finished(finish_reason))
+        )
+
+    def _settle(self, request: Request | Submission, delivery: Delivery) -> None:
+        """The last message of a request is on its way, or was not to be delivered."""
+        if delivery is Delivery.UNREAD:
+            self._unread.add(request.client, [request.request_id])
+        self._drop_unless(delivery, request.client)
 
     def _look_for_the_gone(self) -> None:
         """Notice clients that ended without a word and wait for no delta either.
@@ -306,29 +360,35 @@ class Coordinator:
         if self._gone_check_at_s is None or time.monotonic() < self._gone_check_at_s:
             return
         self._gone_check_at_s = None
+        self._unread.forget_the_gone()
         for client in self._open.clients():
-            if not self._clients.send(client, take_deltas(())):
-                self._drop_client(client)
+            self._drop_unless(self._clients.send(client, take_deltas(())), client)
 
-    def _drop_client(self, client: bytes) -> None:
-        """A client is gone, or reads nothing: its requests leave the pipeline."""
+    def _drop_unless(self, delivery: Delivery, client: bytes) -> None:
+        """If a client is gone, or does not read, its requests leave the pipeline."""
+        if delivery:
+            return
         gone = self._open.of_client(client)
+        if delivery is Delivery.UNREAD:
+            self._unread.add(client, [request.request_id for request in gone])
         for request in gone:
             self._close(request)
             if isinstance(request, Request):
                 self._fresh.pop(request, None)
                 self._release(request)
         if gone:
-            logger.info("a client is gone; %d of its requests end", len(gone))
+            self._num_dropped_clients += 1
+            why = "is gone" if delivery is Delivery.GONE else "does not read"
+            logger.info("a client %s; %d of its requests end", why, len(gone))
 
-    def _refuse(self, client: bytes, request_id: str, error: EmberError) -> None:
-        self._clients.send(client, protocol.RequestFailed(request_id, error.to_wire()))
+    def _refuse(self, client: bytes, request_id: str, error: EmberError) -> Delivery:
+        return self._clients.send(client, protocol.RequestFailed(request_id, error.to_wire()))
 
     def _fail(self, request: Request | Submission, error: EmberError) -> None:
         if isinstance(request, Request) and request in self._fresh:
             self._send_deltas()
         self._close(request)
-        self._refuse(request.client, request.request_id, error)
+        self._settle(request, self._refuse(request.client, request.request_id, error))
 
     def _fail_all(self, error: EmberError) -> None:
         """Tell every client; by the class of the error, that it is not the request's own fault."""
@@ -341,6 +401,8 @@ class Coordinator:
 
     @property
     def _phase(self) -> str:
+        if self._draining is not None:
+            return "draining"
         if not self._is_ready:
             return "loading"
         is_whole = all(pipeline.is_ready for pipeline in self._pipelines)
@@ -367,6 +429,9 @@ class Coordinator:
             "open_requests": len(self._open),
             "finished_requests": self._num_finished,
             "num_output_tokens": self._num_output_tokens,
+            "num_refused_connections": self._clients.num_refused,
+            "num_refused_messages": self._num_refused_messages,
+            "num_dropped_clients": self._num_dropped_clients,
             "num_plans": sum(pipeline.num_plans for pipeline in self._pipelines),
             "max_in_flight": self._preparation.max_in_flight,
             "replicas": len(self._pipelines),
@@ -383,10 +448,13 @@ def serve(
     *,
     launcher: Launcher | None = None,
     announce: Callable[[str], None] = logger.info,
-) -> None:
+) -> int:
     """Run a coordinator at ``coordinator.address`` until ``stop``; call from the main thread.
 
     ``announce`` is told when clients can connect and when the stages take work.
+
+    Returns:
+        How many requests were cut off when the time to drain was over.
 
     Raises:
         EmberError: the model, the settings or the address cannot be used, or a stage failed.
@@ -395,8 +463,7 @@ def serve(
     if address is None:
         raise AssertionError("serve needs coordinator.address")
     started_s = time.monotonic()
-    clients = RouterSocket(address, max_message_bytes=config.coordinator.max_message_bytes)
-    clients.watch_disconnects()
+    clients = listen(config, address)
     try:
         check_trace(config)
         with contextlib.ExitStack() as stack:
@@ -415,10 +482,29 @@ def serve(
                 stack.callback(trace.write)
             coordinator = Coordinator(config, preparation, clients, pipelines, metrics)
             announce(f"listening at {address}, loading")
-            coordinator.run(stop, announce)
+            return coordinator.run(stop, announce)
     finally:
         clients.close()
         logger.info("served for %.1f s", time.monotonic() - started_s)
+
+
+def listen(config: Config, address: str) -> RouterSocket:
+    """The socket of the clients, with the bounds and keys of ``coordinator``.
+
+    Raises:
+        AddressError: the address cannot be used.
+        ConfigError: its keys cannot.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # many systems allow 1024 unless asked,
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # and each client is an open file
+    clients = RouterSocket(
+        address,
+        max_message_bytes=_HANG_UP_FACTOR * config.coordinator.max_message_bytes,
+        max_unread=config.coordinator.max_unread_messages,
+        keys=server_keys(config.coordinator, address),
+    )
+    clients.watch_disconnects()
+    return clients
 
 
 def _open_metrics(config: Config, stack: contextlib.ExitStack) -> MetricsServer | None:

@@ -54,6 +54,21 @@ _SCALARS = MappingProxyType(
             "Prompt tokens taken from the prefix cache.",
         ),
         "output_tokens_total": ("num_output_tokens", "counter", "Tokens drawn for requests."),
+        "connections_refused_total": (
+            "num_refused_connections",
+            "counter",
+            "Connections that ended in their handshake: no key, a wrong one, or no client of ours.",
+        ),
+        "messages_refused_total": (
+            "num_refused_messages",
+            "counter",
+            "Messages of clients that were none.",
+        ),
+        "clients_dropped_total": (
+            "num_dropped_clients",
+            "counter",
+            "Clients that went away, or did not read, and left requests.",
+        ),
     }
 )
 _STAGE_SCALARS = MappingProxyType(

@@ -146,7 +146,10 @@ class Pipeline:
             return
         epoch = self.supervisor.epoch
         while (plan := self.scheduler.next_plan()) is not None:
-            packed = protocol.encode(plan_to_execute(plan, epoch, self._config.debug.tap))
+            tap = self._config.debug.tap
+            if plan.number % self._config.debug.tap_every:
+                tap = None
+            packed = protocol.encode(plan_to_execute(plan, epoch, tap))
             if self._record is not None:
                 self._record.write(len(packed).to_bytes(4, "little") + packed)
             if self._trace is not None:

@@ -181,7 +181,9 @@ class _Batch:
         if not self._files.overwrite:
             manifest = self._output.read_manifest()
             answered = self._output.read_answered()
-        requests = Requests(self._source, answered, Shard.parse(self._job.shard))
+        own = self._config.coordinator if self._config.coordinator.address is None else None
+        sizes = None if own is None else own.sampling_sizes
+        requests = Requests(self._source, answered, Shard.parse(self._job.shard), sizes)
         requests.check(skip_bad_lines=self._job.on_bad_line == "skip")
         return manifest, requests
 
@@ -217,7 +219,7 @@ class _Batch:
             defaults=self._config.sampling.given(),
             base_seed=self._config.sampling.seed if model.is_remote else None,
             stop=self._stop,
-            grace_s=self._config.coordinator.shutdown_grace_s,
+            grace_s=self._config.shutdown.grace_s,
             clock=self._clock,
         )
         try:

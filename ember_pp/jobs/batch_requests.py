@@ -16,6 +16,7 @@ from ember_pp.errors import BatchInputError, InvalidRequestError
 from ember_pp.jobs import openai
 from ember_pp.jobs.batch_input import BatchInput, Line, decode_line
 from ember_pp.jobs.progress import counted
+from ember_pp.sampling_params import SamplingSizes
 
 MAX_LISTED_PROBLEMS = 50
 _MAX_LISTED_RANGES = 500
@@ -168,8 +169,8 @@ class BadLine:
     error: InvalidRequestError
 
 
-def parse(line: Line, max_line_bytes: int) -> Item | BadLine:
-    """What ``line`` asks for, or what is wrong with it."""
+def parse(line: Line, max_line_bytes: int, sizes: SamplingSizes | None = None) -> Item | BadLine:
+    """What ``line`` asks for, or what is wrong with it; ``sizes`` as ``Requests`` has them."""
     custom_id = f"line-{line.number}"
     try:
         if line.raw is None:
@@ -180,16 +181,28 @@ def parse(line: Line, max_line_bytes: int) -> Item | BadLine:
         if isinstance(value.get("custom_id"), str):
             custom_id = value["custom_id"]
         request = openai.parse_line(value, line.number)
+        if sizes is not None:
+            sizes.check(request.sampling)
     except InvalidRequestError as error:
         return BadLine(line.number, custom_id, error)
     return Item(line.number, request, openai.request_hash(request))
 
 
 class Requests:
-    """The requests of a batch: all lines checked, then those of ``shard`` one by one."""
+    """The requests of a batch: all lines checked, then those of ``shard`` one by one.
 
-    def __init__(self, source: BatchInput, answered: dict[int, int], shard: Shard) -> None:
+    ``sizes`` bounds their sampling fields; None: only the coordinator knows.
+    """
+
+    def __init__(
+        self,
+        source: BatchInput,
+        answered: dict[int, int],
+        shard: Shard,
+        sizes: SamplingSizes | None = None,
+    ) -> None:
         self._source = source
+        self._sizes = sizes
         self._shard = shard
         self.ledger = Ledger(answered)
         self._bad_ids: dict[int, int] = {}
@@ -209,7 +222,7 @@ class Requests:
         problems, changed = Problems(self._source.place), Problems(self._source.place)
         for line in self._source.lines():
             self.num_lines = line.number
-            parsed = parse(line, self._source.max_line_bytes)
+            parsed = parse(line, self._source.max_line_bytes, self._sizes)
             if isinstance(parsed, BadLine):
                 error: InvalidRequestError | None = parsed.error
                 self._bad_ids.setdefault(digest(parsed.custom_id), line.number)
@@ -240,7 +253,7 @@ class Requests:
         for line in self._source.lines():
             if not self._shard.owns(line.number):
                 continue
-            parsed = parse(line, self._source.max_line_bytes)
+            parsed = parse(line, self._source.max_line_bytes, self._sizes)
             if isinstance(parsed, BadLine):
                 yield parsed
                 continue

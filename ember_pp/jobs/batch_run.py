@@ -35,6 +35,8 @@ _LAST_STATUS_S = 0.6
 """Longest wait for the closing figures of the stages, which report some times a second."""
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
 _MAX_HELD_WINDOWS = 8
+_LOST = (TransportError, StageError, PipelineError)
+"""What says that the coordinator or its pipeline is gone, not that a request is wrong."""
 _MAX_HELD_BYTES = 32 * 1024 * 1024
 
 
@@ -182,10 +184,15 @@ class BatchRun:
                     break
                 self._fill_window()
                 self._collect()
-        except BaseException:
-            with contextlib.suppress(EmberError):  # the error that ended the run says more
-                self._flush()
-            raise
+        except BaseException as error:
+            # Slurm's signal reaches every process: whoever ends first, what is done is kept, and
+            # the rest is for the next run.
+            is_drained = self._stop.is_set() and isinstance(error, _LOST)
+            if not is_drained:
+                with contextlib.suppress(EmberError):  # the error that ended the run says more
+                    self._flush()
+                raise
+            self._progress.note(f"stopping: {error}")
         self._flush()
         self._progress.show_running(self.tally, num_open=len(self._open), is_final=True)
         with contextlib.suppress(EmberError):  # all is done: only the table would be poorer
@@ -276,7 +283,7 @@ class BatchRun:
             line = self._writer.answer(submitted.item, completion)
         except UnavailableError:
             self._put_back(submitted)
-        except (TransportError, StageError, PipelineError) as error:
+        except _LOST as error:
             return error
         except EmberError as error:
             self._fail(submitted, error)

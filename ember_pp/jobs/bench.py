@@ -24,7 +24,7 @@ from ember_pp.coordinator.preparation import (
     prepare,
 )
 from ember_pp.errors import EXIT_OK, CapacityError, ConfigError
-from ember_pp.jobs import bench_compare, bench_report
+from ember_pp.jobs import bench_compare, bench_handoff, bench_report
 from ember_pp.jobs.bench_conditions import cards, changed_settings, conditions
 from ember_pp.jobs.bench_floor import Floor, stage_floor
 from ember_pp.jobs.bench_run import (
@@ -54,7 +54,14 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     """
     job = config.job
     assert isinstance(job, BenchJob)
-    preparation = _prepare(config, job)
+    _check_settings(config, job)
+    if job.workload == "handoff":
+        _say("timing hops ...")
+        measured = bench_handoff.measure(config, job)
+        _say("")
+        _report(job, measured, bench_handoff.render(measured))
+        return EXIT_OK
+    preparation = prepare(config)
     workload = make_workload(job, preparation.model_config.vocab_size, preparation.max_model_len)
     _check_batch(config, workload)
     measured = _measure_rates(config, preparation)
@@ -80,7 +87,7 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     _say("")
     result["conditions"] = conditions(measured["versions"]) | {"cards": card_facts}
     result["settings"] = changed_settings(config)
-    _report(job, result)
+    _report(job, result, bench_report.render(result))
     return EXIT_OK
 
 
@@ -88,7 +95,7 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
 # before anything runs
 
 
-def _prepare(config: Config, job: BenchJob) -> Preparation:
+def _check_settings(config: Config, job: BenchJob) -> None:
     if config.coordinator.address is not None:
         raise ConfigError(
             "coordinator.address: job=bench starts a coordinator of its own, on devices that it "
@@ -97,7 +104,6 @@ def _prepare(config: Config, job: BenchJob) -> Preparation:
     if job.output not in (None, "-"):
         check_writable("job.output", Path(str(job.output)))
     bench_compare.check_installed(job)
-    return prepare(config)
 
 
 def _check_batch(config: Config, workload: BenchWorkload) -> None:
@@ -252,8 +258,8 @@ def _result_of(
     }
 
 
-def _report(job: BenchJob, result: Mapping[str, Any]) -> None:
-    print(bench_report.render(result), file=sys.stderr if job.output == "-" else sys.stdout)
+def _report(job: BenchJob, result: Mapping[str, Any], table: str) -> None:
+    print(table, file=sys.stderr if job.output == "-" else sys.stdout)
     if job.output is None:
         return
     if job.output == "-":

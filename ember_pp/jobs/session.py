@@ -16,8 +16,9 @@ from ember_pp import config as configuration
 from ember_pp.client import Client
 from ember_pp.config import Config
 from ember_pp.coordinator.launcher import child_environment
-from ember_pp.errors import ConfigError, EmberError, from_wire
-from ember_pp.sockets import PrivateDirectory
+from ember_pp.errors import ConfigError, EmberError, PipelineError, from_wire
+from ember_pp.key_files import client_keys
+from ember_pp.sockets import PrivateDirectory, default_address
 
 _KILL_AFTER_S = 3.0  # beyond coordinator.shutdown_grace_s, in which it ends its stages
 
@@ -30,7 +31,7 @@ class CoordinatorProcess:
     """
 
     def __init__(self, config: Config, address: str) -> None:
-        coordinator = dataclasses.replace(config.coordinator, address=address)
+        coordinator = dataclasses.replace(config.coordinator, address=address, curve=None)
         plain = configuration.to_plain(dataclasses.replace(config, coordinator=coordinator))
         self._grace_s = config.coordinator.shutdown_grace_s + _KILL_AFTER_S
         self._process = subprocess.Popen(
@@ -50,7 +51,7 @@ class CoordinatorProcess:
         status = self._process.poll()
         if status is None:
             return
-        raise self._reported_error() or EmberError(f"the coordinator ended with status {status}")
+        raise self._reported_error() or PipelineError(f"the coordinator ended with status {status}")
 
     def stop(self) -> None:
         """Ask it to end, with its stages; kill it if it does not."""
@@ -76,6 +77,19 @@ class CoordinatorProcess:
 
 
 @contextlib.contextmanager
+def open_running(config: Config, *, timeout_s: float) -> Iterator[Client]:
+    """A client of the coordinator that runs at ``coordinator.address``, or where one is by default.
+
+    Raises:
+        ConfigError: keys that the address needs are missing.
+    """
+    address = config.coordinator.address or default_address()
+    keys = client_keys(config.coordinator, address)
+    with Client(address, timeout_s=timeout_s, keys=keys) as client:
+        yield client
+
+
+@contextlib.contextmanager
 def open_client(config: Config) -> Iterator[Client]:
     """A client of the coordinator at ``coordinator.address``, or of one started for this job.
 
@@ -87,7 +101,8 @@ def open_client(config: Config) -> Iterator[Client]:
     """
     if config.coordinator.address is not None:
         _check_runs_with(config, config.coordinator.address)
-        with Client(config.coordinator.address) as client:
+        keys = client_keys(config.coordinator, config.coordinator.address)
+        with Client(config.coordinator.address, keys=keys) as client:
             client.status()  # a wrong address is known now, not at the first answer
             yield client
         return

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-from ember_pp.client import Client
 from ember_pp.config import Config
 from ember_pp.errors import EXIT_FAILED, EXIT_OK
-from ember_pp.sockets import default_address
+from ember_pp.jobs.session import open_running
 
 
 def run(config: Config) -> int:
     """Print the status map; the exit code says whether work goes on, or has nothing to do."""
-    with Client(config.coordinator.address or default_address(), timeout_s=5.0) as client:
+    with open_running(config, timeout_s=5.0) as client:
         status = client.status()
     json.dump(status, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -237,8 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args(arguments)
     die_with_parent(options.parent_pid)
-    # Ctrl-C reaches the whole foreground group; what it means is for the coordinator to say.
+    # Ctrl-C reaches the whole foreground group, and Slurm's SIGTERM every process of a step; what
+    # they mean is for the coordinator to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     name = f"stage-{options.stage_index}"
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
     logging.basicConfig(

@@ -70,6 +70,9 @@ class CapturedRunner:
         self._receiver, self._sender = receiver, sender
         if self._last_tokens is not None:
             self._last_tokens.connect(receiver)
+        self._pending.clear()
+        self._counted.clear()
+        self._steps.state.results.zero_()  # marks of plans that may come again
 
     @property
     def is_timed_by_device(self) -> bool:

@@ -56,8 +56,9 @@ class LastTokens:
 
     def connect(self, source: TokenSource | None) -> None:
         """Take feedback from ``source`` from now on. None: a single stage, which calls ``put``
-        itself, or whose captured steps write ``tokens``."""
+        itself, or whose captured steps write ``tokens``. What was expected of another is not."""
         self._source = source
+        self._expected.clear()
 
     @property
     def tokens(self) -> Tensor:

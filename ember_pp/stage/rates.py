@@ -38,12 +38,16 @@ def main() -> None:
     torch.set_num_threads(wanted["num_threads"])
     dtype = _DTYPES[wanted["dtype"]]
     rates = {name: measure(torch.device(name), dtype) for name in wanted["devices"]}
-    versions = {
+    sys.stdout.write(json.dumps({"rates": rates, "versions": versions()}) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, and of what computes."""
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    sys.stdout.write(json.dumps({"rates": rates, "versions": versions}) + "\n")
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -128,6 +128,8 @@ class StageRunner:
     def connect(self, receiver: HiddenStatesSource | None, sender: HiddenStatesSink | None) -> None:
         """Use these ends of edges from now on; None with a single stage.
 
+        Nothing may be in flight; what was and never came is forgotten.
+
         Args:
             receiver: of hidden states; on the first stage, of feedback.
             sender: of hidden states; on the last stage, of feedback.

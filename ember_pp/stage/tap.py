@@ -10,6 +10,11 @@ from ember_pp import checkpoint
 from ember_pp.protocol import Execute
 
 
+def tap_path(folder: Path, plan: int, stage_index: int) -> Path:
+    """The file of a plan and a stage."""
+    return folder / f"plan-{plan}.stage-{stage_index}.safetensors"
+
+
 class Tap:
     """Copies of what a plan computes on this stage, for one safetensors file.
 
@@ -18,7 +23,7 @@ class Tap:
     """
 
     def __init__(self, folder: str, plan: int, stage_index: int) -> None:
-        self._path = Path(folder) / f"plan-{plan}.stage-{stage_index}.safetensors"
+        self._path = tap_path(Path(folder), plan, stage_index)
         self._tensors: dict[str, Tensor] = {}
 
     @classmethod

@@ -66,8 +66,14 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    draw_device: torch.device | None = None,
+    what: str = "job.compare",
 ) -> Any:
     """transformers' model with the weights of ``folder``; None: with those that a stage draws.
+
+    Args:
+        draw_device: of that stage; None: ``device``. Random numbers differ from kind to kind.
+        what: the setting that asked for it.
 
     Raises:
         ConfigError: this version of transformers cannot make it.
@@ -83,10 +89,11 @@ def load_model(
         with device:
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"job.compare: transformers: {error}") from None
+        raise ConfigError(f"{what}: transformers: {error}") from None
+    like = torch.empty((), dtype=dtype, device=draw_device or device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(draw_random(cfg, name, tuple(parameter.shape), parameter))
+            parameter.copy_(draw_random(cfg, name, tuple(parameter.shape), like))
     return model.eval()
 
 

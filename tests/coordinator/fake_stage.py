@@ -7,10 +7,10 @@ import threading
 
 from ember_pp import config as configuration
 from ember_pp import protocol
-from ember_pp.coordinator.coordinator import Coordinator
+from ember_pp.coordinator.coordinator import Coordinator, listen
 from ember_pp.coordinator.pipeline import Pipeline
 from ember_pp.coordinator.preparation import prepare
-from ember_pp.sockets import DealerSocket, PrivateDirectory, RouterSocket
+from ember_pp.sockets import DealerSocket, PrivateDirectory
 
 PATIENCE_S = 20.0
 
@@ -98,11 +98,22 @@ class Stop:
 
     def __init__(self):
         self.name = None
-        self.descriptor, self._writer = os.pipe2(os.O_CLOEXEC)
+        self.is_urgent = False
+        self.num_cut_off = None
+        """What the coordinator returned; None while it runs, and after an error."""
+        self.descriptor, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def set(self):
+        self.is_urgent = self.name is not None
         self.name = "SIGTERM"
         os.write(self._writer, b"x")
+
+    def take(self):
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.descriptor, 4096)
+
+    def ended(self, num_cut_off):
+        self.num_cut_off = num_cut_off
 
     def close(self):
         os.close(self.descriptor)
@@ -110,38 +121,40 @@ class Stop:
 
 
 @contextlib.contextmanager
-def running_coordinator(*stages, tokenizer=None, **groups):
+def running_coordinator(*stages, tokenizer=None, stop=None, **groups):
     """A coordinator of the demo model's files that serves in a thread; gives its address.
 
-    It has as many replicas as stages; ``tokenizer`` makes another one of the model's.
+    It has as many replicas as stages; ``tokenizer`` makes another one of the model's. ``stop`` lets
+    the test end it; at the end of the block it is ended at once.
     """
     plain = {
         "job": {"name": "serve"},
         "model": {"path": "demo", "dtype": "float32"},
         "pipeline": {"stages": 1, "replicas": len(stages), "devices": "cpu"},
         "sampling": {"ignore_eos": True},
+        "shutdown": {"grace_s": 0.0},
     }
     config = configuration.build(plain | groups)
     preparation = prepare(config)
     if tokenizer is not None:
         made = tokenizer(preparation.tokenizer)
         preparation = dataclasses.replace(preparation, tokenizer=made)
-    stop = Stop()
+    stop = Stop() if stop is None else stop
     with PrivateDirectory() as directory:
         address = directory.address("clients.sock")
-        clients = RouterSocket(address, max_message_bytes=config.coordinator.max_message_bytes)
-        clients.watch_disconnects()
+        clients = listen(config, address)
         pipelines = [
             Pipeline(replica, config, preparation, directory, stage)
             for replica, stage in enumerate(stages)
         ]
         coordinator = Coordinator(config, preparation, clients, pipelines)
-        thread = threading.Thread(target=coordinator.run, args=(stop,))
+        thread = threading.Thread(target=lambda: stop.ended(coordinator.run(stop)))
         thread.start()
         try:
             yield address
         finally:
             stop.set()
+            stop.set()  # whatever is open
             thread.join(PATIENCE_S)
             clients.close(linger_ms=0)
             stop.close()

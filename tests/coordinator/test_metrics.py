@@ -46,6 +46,9 @@ STATUS = {
     "num_prompt_tokens": 1000,
     "num_prefix_hit_tokens": 300,
     "num_output_tokens": 555,
+    "num_refused_connections": 9,
+    "num_refused_messages": 10,
+    "num_dropped_clients": 11,
     "stages": [STAGE, STAGE | {"stage_index": 1}],
 }
 LOADING = {
@@ -104,6 +107,9 @@ def test_every_number_is_on_the_page():
         "ember_pp_prompt_tokens_total": 1000,
         "ember_pp_prefix_hit_tokens_total": 300,
         "ember_pp_output_tokens_total": 555,
+        "ember_pp_connections_refused_total": 9,
+        "ember_pp_messages_refused_total": 10,
+        "ember_pp_clients_dropped_total": 11,
     }
     seconds = {
         labels: value for (name, labels), value in samples.items() if "stage_seconds" in name

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import ember_pp
-from ember_pp.sockets import PrivateDirectory, RouterSocket
+from ember_pp.key_files import KeyFolder
+from ember_pp.sockets import PrivateDirectory, RouterSocket, wait_readable
 
 DEMO = Path(ember_pp.__file__).parent / "demo"
 SECONDS_TO_NOTICE = 20.0  # generous on a busy machine; nothing here loads weights
@@ -164,6 +166,49 @@ def test_occupied_address(tmp_path):
         result = run("job=serve", f"coordinator.address={address}", cwd=tmp_path)
         router.close(linger_ms=0)
     assert_refused(result, 2, address, "in use")
+
+
+def test_open_port_without_keys(tmp_path):
+    result = run(
+        *("job=serve", "coordinator.address=tcp://0.0.0.0:5600", "coordinator.curve=false"),
+        cwd=tmp_path,
+    )
+    assert_refused(result, 2, "coordinator.curve", "tcp://0.0.0.0:5600")
+
+
+def test_no_key_of_the_coordinator(tmp_path):
+    keys = tmp_path / "keys"
+    result = run(
+        *("job=status", "coordinator.address=tcp://192.0.2.1:5600", f"coordinator.keys={keys}"),
+        cwd=tmp_path,
+    )
+    assert_refused(result, 2, "coordinator.keys", f"{keys}/server.key is missing")
+
+
+def test_key_that_the_coordinator_does_not_know(tmp_path):
+    folder = KeyFolder(str(tmp_path / "keys"))  # of both: what is missing is that it is allowed
+    server = folder.server_keys()
+    folder.pair("client", make=True)
+    with PrivateDirectory() as directory:
+        address = directory.address("c")
+        router = RouterSocket(address, max_message_bytes=1024, keys=server)
+        has_ended = threading.Event()
+
+        def answer():
+            while not has_ended.is_set():
+                wait_readable([router], [], 0.05)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = run(
+            *("job=status", f"coordinator.address={address}", "coordinator.curve=true"),
+            f"coordinator.keys={folder.path}",
+            cwd=tmp_path,
+        )
+        has_ended.set()
+        thread.join()
+        router.close(linger_ms=0)
+    assert_refused(result, 2, address, "does not accept this key", "job.allow")
 
 
 def test_nobody_at_the_address(tmp_path):

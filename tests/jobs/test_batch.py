@@ -27,6 +27,7 @@ from ember_pp.errors import (
     ConfigError,
     EmberError,
     InvalidRequestError,
+    PipelineError,
     StageFailedError,
     TransportError,
     UnavailableError,
@@ -59,7 +60,7 @@ class Job:
             }
             | settings,
             "model": {"path": "demo"},
-            "coordinator": {"shutdown_grace_s": 0.01},
+            "shutdown": {"grace_s": 0.01},
         }
         for name, values in (groups or {}).items():
             plain[name] = plain.get(name, {}) | values
@@ -281,6 +282,23 @@ def test_bad_lines_stop_the_job_before_anything_starts(job):
     assert refusal.value.exit_code == 2
     assert len(refusal.value.problems) == 3
     assert sorted(path.name for path in job.folder.iterdir()) == ["in.jsonl"]
+
+
+def test_more_than_a_limit_of_our_own_coordinator_is_a_bad_line(job):
+    (job.folder / "in.jsonl").write_text(request_line("a", stop=["x", "y"]) + request_line("b"))
+    limit = {"coordinator": {"max_stop_strings": 1}}
+    with pytest.raises(
+        BatchInputError, match=r"in\.jsonl:1: stop: .*coordinator\.max_stop_strings"
+    ):
+        job.run(groups=limit)
+    assert job.run(on_bad_line="skip", groups=limit) == EXIT_FAILED
+    assert (job.ids(), job.error_ids()) == (["b"], ["a"])
+
+
+def test_the_limits_of_a_coordinator_elsewhere_are_its_own(job):
+    (job.folder / "in.jsonl").write_text(request_line("a", stop=["x", "y"]))
+    limit = {"coordinator": {"max_stop_strings": 1, "address": "ipc:///nowhere"}}
+    assert job.run(groups=limit) == EXIT_OK
 
 
 def test_skipped_bad_lines_go_to_errors_and_the_others_run(job):
@@ -629,6 +647,22 @@ def test_a_lost_coordinator_ends_the_job_and_what_is_done_stays(job, capsys, err
     assert job.run() == EXIT_OK
     assert set(job.ids()) == all_ids(40)
     assert len(job.ids()) == 40
+
+
+def test_a_coordinator_that_ends_with_the_same_signal_is_no_failure(job, capsys):
+    job.write_input(40)
+    stop = threading.Event()
+
+    def end(client):
+        if len(client.submitted) > 20:
+            stop.set()
+            raise PipelineError("the coordinator ended with status 0")
+
+    assert job.run(FakeClient(on_wait=end), stop=stop, max_open_requests=10) == EXIT_DRAINED
+    assert 10 <= len(job.ids()) < 40
+    assert "stopping: the coordinator ended with status 0" in capsys.readouterr().err
+    assert job.run() == EXIT_OK
+    assert sorted(job.ids()) == sorted(all_ids(40))
 
 
 def test_only_durable_answers_are_counted(job, monkeypatch):

@@ -104,3 +104,28 @@ def name_of(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_a_signal_to_every_process_drains_too(undisturbed, tmp_path, num_before):
+    """As Slurm sends it; stages and coordinator must not end before the job has what they owe."""
+    source, expected = undisturbed
+    output = tmp_path / "out.jsonl"
+    process = start(source, output)
+    if num_before:
+        wait_for(lambda: num_answers(output) >= num_before, process, "answers")
+    else:
+        wait_for(lambda: len(descendants(process.pid)) == 3, process, "processes")
+    children = descendants(process.pid)
+    assert len(children) == 3
+    for pid in random.Random(num_before).sample([process.pid, *children], 4):
+        os.kill(pid, signal.SIGTERM)
+    code, stderr = finish(process)
+    assert code == 75, stderr
+    assert "Traceback" not in stderr
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    if num_before:  # and what was open has ended
+        assert num_answers(output) > num_before
+    code, stderr = finish(start(source, output))
+    assert code == 0, stderr
+    assert answers(output) == expected

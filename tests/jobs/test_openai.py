@@ -228,7 +228,6 @@ def test_a_value_that_equals_the_default_is_still_given(make):
         ("stop", 5),
         ("stop", [""]),
         ("stop", [5]),
-        ("stop", ["x"] * 17),
         ("stop", "\ud800"),
         ("stop_token_ids", 5),
         ("stop_token_ids", [-1]),

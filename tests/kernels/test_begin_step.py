@@ -174,7 +174,7 @@ def test_more_rows_than_threads(backend: str) -> None:
 def test_notes_when_it_began_and_when_the_step_is_ready_for_its_input(backend: str) -> None:
     ops, device = open_backend(backend)
     state = make_state(device)
-    plan = make_plan(state, 3, [2])
+    plan = make_plan(state, 3, [2], num_new=0)
     before = state.records.clone()
     ops.begin_step(plan, state)
     if device.type == "cuda":

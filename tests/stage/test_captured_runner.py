@@ -234,6 +234,19 @@ def test_a_record_is_read_before_another_plan_has_it() -> None:
     assert not steps.state.records[0].any(), "fresh for plan 3"
 
 
+def test_new_edges_forget_what_was_in_flight() -> None:
+    """The plans of another epoch have the same numbers."""
+    steps = FakeSteps([42])
+    runner, _, _ = of_device(steps, is_first=False, is_last=True)
+    runner.start(make_execute(0))
+    steps.finish()
+    record_of(steps, 0, done=9)
+    runner.connect(Edge(waits_on_device=True), Edge(waits_on_device=True))
+    assert runner.take_times() == []
+    assert not runner.is_timing
+    assert not runner.start(make_execute(0)).is_done()
+
+
 @pytest.mark.parametrize(
     ("is_first", "times", "expected"),
     [

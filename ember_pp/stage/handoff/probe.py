@@ -19,6 +19,11 @@ from ember_pp.errors import TransportError
 from ember_pp.stage.handoff.base import Receiver, RingShape, Sender
 
 PROBE_TIMEOUT_S = 30.0
+_NOISE_BYTES = 1_048_573
+"""Drawn once and repeated: drawing gigabytes would take longer than all else at the start. A
+prime, so that no two pages have the same bytes at the same place."""
+_STRIDE = 7920
+"""From the pattern of one message to that of the next; a multiple of the size of any element."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,8 +42,9 @@ def probe_sender(
     num_bytes = 0
     try:
         sender.prepare()
+        noise = _noise(sender.shape, seed)
         for plan, num_tokens in _messages(sender.shape):
-            pattern = _pattern(sender.shape, seed, plan, num_tokens)
+            pattern = _pattern(sender.shape, noise, plan, num_tokens)
             sender.send(plan, pattern.to(device), timeout_s=timeout_s)
             num_bytes += pattern.numel() * pattern.element_size()
         sender.drain(timeout_s=timeout_s)
@@ -55,8 +61,9 @@ def probe_receiver(
     num_bytes, wrong = 0, ""
     try:
         receiver.prepare()
+        noise = _noise(receiver.shape, seed)
         for plan, num_tokens in _messages(receiver.shape):
-            expected = _pattern(receiver.shape, seed, plan, num_tokens)
+            expected = _pattern(receiver.shape, noise, plan, num_tokens)
             received = receiver.receive(plan, num_tokens, timeout_s=timeout_s)
             receiver.settle(timeout_s=timeout_s)
             received = received.cpu()
@@ -80,18 +87,26 @@ def _messages(shape: RingShape) -> Iterator[tuple[int, int]]:
             yield lap * shape.num_slots + slot, num_tokens
 
 
-def _pattern(shape: RingShape, seed: int, plan: int, num_tokens: int) -> Tensor:
-    """[num_tokens, hidden_size] of any bits whatever, NaNs included: it is only copied."""
-    num_bytes = num_tokens * shape.hidden_size * shape.dtype.itemsize
-    noise = bytearray(random.Random(f"{seed}:{plan}").randbytes(num_bytes))
-    return torch.frombuffer(noise, dtype=shape.dtype).view(num_tokens, shape.hidden_size)
+def _noise(shape: RingShape, seed: int) -> Tensor:
+    """Any bits whatever, NaNs included: they are only copied. Long enough for every message."""
+    drawn = random.Random(seed).randbytes(_NOISE_BYTES)
+    noise = torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
+    num_bytes = shape.slot_bytes + 2 * shape.num_slots * _STRIDE
+    return noise.repeat(-(-num_bytes // _NOISE_BYTES))
+
+
+def _pattern(shape: RingShape, noise: Tensor, plan: int, num_tokens: int) -> Tensor:
+    """[num_tokens, hidden_size]: the noise, from another byte on for each plan."""
+    start = (plan + 2 * shape.num_slots) * _STRIDE
+    end = start + num_tokens * shape.hidden_size * shape.dtype.itemsize
+    return noise[start:end].view(shape.dtype).view(num_tokens, shape.hidden_size)
 
 
 def _first_difference(expected: Tensor, received: Tensor) -> str:
     expected, received = (tensor.view(torch.uint8).flatten() for tensor in (expected, received))
-    is_different = expected != received
-    if not bool(is_different.any()):
+    if torch.equal(expected, received):
         return ""
+    is_different = expected != received
     index = int(is_different.int().argmax())
     return (
         f"byte {index} of {len(expected)} is {int(received[index])}, was sent as "
