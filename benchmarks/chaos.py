@@ -295,6 +295,18 @@ def summarise(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def merge(paths: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Runs that were stored, as one; and their conditions."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    run = {
+        "rounds": [entry for report in reports for entry in report["rounds"]],
+        "ends": [entry for report in reports for entry in report["ends"]],
+        "requests_per_round": reports[0]["requests_per_round"],
+    }
+    assert {report["requests_per_round"] for report in reports} == {run["requests_per_round"]}
+    return run, [report["conditions"] | {"rounds": len(report["rounds"])} for report in reports]
+
+
 def spread(times_s: list[float | None]) -> dict[str, float] | None:
     """Median and worst, of those that there are."""
     known = sorted(time_s for time_s in times_s if time_s is not None)
@@ -323,19 +335,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after this")
+    parser.add_argument("--merge", nargs="+", type=Path, default=None, help="stored runs")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--serve", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
         serve_linked(options.serve)
         return
-    memory_before = gpu_memory_mib() if options.device == "cuda" else None
-    load = {"load_average_1min_before": round(os.getloadavg()[0], 2), "nice": os.nice(0)}
-    run = run_rounds(options)
-    report = {"benchmark": "chaos", "conditions": conditions() | load, "summary": summarise(run)}
-    if options.device == "cuda":
-        report["conditions"] |= gpu_conditions()
-        report["gpu_memory_mib"] = {"before": memory_before, "after": gpu_memory_mib()}
+    if options.merge is not None:
+        run, all_conditions = merge(options.merge)
+        report = {"benchmark": "chaos", "conditions": all_conditions, "summary": summarise(run)}
+    else:
+        memory_before = gpu_memory_mib() if options.device == "cuda" else None
+        load = {"load_average_1min_before": round(os.getloadavg()[0], 2), "nice": os.nice(0)}
+        run, where = run_rounds(options), conditions() | load
+        report = {"benchmark": "chaos", "conditions": where, "summary": summarise(run)}
+        if options.device == "cuda":
+            where |= gpu_conditions()
+            report["gpu_memory_mib"] = {"before": memory_before, "after": gpu_memory_mib()}
     print(json.dumps(report["summary"], indent=1))
     if options.output is not None:
         options.output.write_text(json.dumps(report | run, indent=1) + "\n")
