@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +119,32 @@ def answers(output: Path) -> dict[str, tuple[Any, Any]]:
     return {key: (body["choices"], body["usage"]) for key, body in found.items()}
 
 
-def run(num_kills: int, num_requests: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill ``num_kills`` lives of jobs; a job that gets to its end makes room for another."""
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Kill so many lives of jobs; a job that gets to its end makes room for another."""
     source = folder / "in.jsonl"
-    write_input(source, num_requests)
+    write_input(source, options.requests)
+    until_s = time.monotonic() + options.seconds
     began_s = time.monotonic()
     code, stderr = finish(start(source, folder / "undisturbed.jsonl"))
     life_s = time.monotonic() - began_s
     assert code == 0, stderr
     expected = answers(folder / "undisturbed.jsonl")
-    rng = random.Random(seed)
+    rng = random.Random(options.seed)
     kills: list[dict[str, Any]] = []
     jobs: list[dict[str, Any]] = []
-    while len(kills) < num_kills:
+
+    def is_enough() -> bool:
+        return len(kills) >= options.kills or time.monotonic() > until_s
+
+    while not is_enough():
         output = folder / f"out{len(jobs)}.jsonl"
         is_over = False
-        while not is_over and len(kills) < num_kills:
+        while not is_over and not is_enough():
             process = start(source, output)
             moment_s = rng.uniform(0.0, life_s)
             before = num_answers(output)
-            until_s = time.monotonic() + moment_s
-            wait_for(lambda until_s=until_s: time.monotonic() > until_s, process, "the moment")
+            kill_at_s = time.monotonic() + moment_s
+            wait_for(lambda at_s=kill_at_s: time.monotonic() > at_s, process, "the moment")
             is_over = process.poll() is not None
             if is_over:
                 finish(process)
@@ -171,8 +176,20 @@ def summarise(seen: dict[str, Any]) -> dict[str, Any]:
         "answers differing": sum(job["differing"] for job in jobs),
         "answered twice": 0,  # or ``answers`` had failed
         "jobs that failed": sum(job["exit_code"] != 0 for job in jobs),
-        "slowest end of all processes, s": max(kill["gone_s"] for kill in kills),
+        "slowest end of all processes, s": max((kill["gone_s"] for kill in kills), default=0.0),
     }
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """Runs that were stored, as one."""
+    reports = [json.loads(path.read_text()) for path in paths]
+    merged: dict[str, Any] = reports[0]
+    for name in ("kills", "jobs"):
+        merged[name] = [entry for report in reports for entry in report[name]]
+    for name in ("conditions", "undisturbed_s"):
+        merged[name] = [report[name] for report in reports]
+    merged["summary"] = summarise(merged)
+    return merged
 
 
 def main() -> None:
@@ -181,11 +198,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--requests", type=int, default=45)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9, help="kill no more after this")
+    parser.add_argument("--merge", nargs="+", type=Path, default=None, help="stored runs")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    if options.merge is not None:
+        report = merge(options.merge)
+        print(json.dumps(report["summary"], indent=1))
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        return
     load = {"load_average_1min_before": round(os.getloadavg()[0], 2), "nice": os.nice(0)}
     with tempfile.TemporaryDirectory(prefix="batch-kill-") as name:
-        seen = run(options.kills, options.requests, options.seed, Path(name))
+        seen = run(options, Path(name))
     report = {
         "benchmark": "batch_kill",
         "conditions": conditions() | load,
