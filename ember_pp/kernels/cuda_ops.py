@@ -294,7 +294,7 @@ class CudaOps:
             plan.mark,
             *plan[1:8],
             *state.pointers,
-            state.block_table.shape[1],
+            state.max_blocks_per_sequence,
             state.max_rows,
             state.block_size,
         )

@@ -518,10 +518,10 @@ class Ops:
         for name, number, limit in (
             ("num_rows", plan.num_rows, state.max_rows),
             ("num_decodes", plan.num_decodes, plan.num_rows),
-            ("padded_tokens", plan.padded_tokens, len(state.token_ids)),
+            ("padded_tokens", plan.padded_tokens, state.max_tokens),
             ("num_tokens", plan.num_tokens, plan.padded_tokens),
             ("words", plan.num_words, len(plan.words)),
-            ("turn", plan.turn + 1, len(state.results)),
+            ("turn", plan.turn + 1, state.max_pending),
         ):
             if number > limit:
                 raise KernelArgumentError(f"{name}: expected at most {limit}, got {number}")

@@ -145,10 +145,27 @@ class StepState:
         tensors = (tensor.data_ptr() for tensor in (*self.expanded, self.records))
         return self.block_table.data_ptr(), last_tokens, *tensors
 
+    # Asked for at every plan, and each answer of a tensor costs a microsecond or so.
+
     @functools.cached_property
     def max_rows(self) -> int:
         """R."""
         return len(self.slots)
+
+    @functools.cached_property
+    def max_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids)
+
+    @functools.cached_property
+    def max_pending(self) -> int:
+        """P."""
+        return len(self.results)
+
+    @functools.cached_property
+    def max_blocks_per_sequence(self) -> int:
+        """W."""
+        return self.block_table.shape[1]
 
     @property
     def expanded(self) -> tuple[Tensor, ...]:

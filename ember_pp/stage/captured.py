@@ -192,7 +192,7 @@ class CapturedSteps:
         is_plain = sampler.is_plain(sample_slots)
         sampler.flush()
         if shape.is_decode and is_plain and not is_watched:
-            return self._whole_step(shape)[:num_drawn], None
+            return _first(num_drawn, self._whole_step(shape), shape), None
         if on_layer is not None:
             self._select(shape, self._layers(shape, _unpadded(on_layer, step)))
         else:
@@ -202,7 +202,7 @@ class CapturedSteps:
         if is_plain and not is_watched:
             key = dataclasses.replace(shape, num_tokens=0, num_rows=0)
             drawn = self._graphs.run(key, lambda: self._draw(shape, self._head(shape)))
-            return drawn[:num_drawn], None
+            return _first(num_drawn, drawn, shape), None
         logits = self._head(shape)
         if on_logits is not None:
             on_logits(logits[:num_drawn])
@@ -299,6 +299,11 @@ class CapturedSteps:
             decode_lens=None if shape.is_decode else state.decode_lens[:num_rows],
             max_query_len=1 if shape.is_decode else num_tokens,
         )
+
+
+def _first(num_drawn: int, drawn: Tensor, shape: StepShape) -> Tensor:
+    """Without padding; a view costs the host a few microseconds, and often there is none."""
+    return drawn if num_drawn == shape.num_samples else drawn[:num_drawn]
 
 
 def _unpadded(on_layer: OnLayer, step: Step) -> OnLayer:

@@ -308,11 +308,12 @@ class Sampler:
         ``Ops.sample_tokens`` draws the same tokens."""
         return not self._special or self._special.isdisjoint(slots)
 
-    @torch.inference_mode()
     def flush(self) -> None:
         """Bring ``params`` up to date, in the order of the stream; waits for nothing."""
-        self.params.update(self._changes)
-        self._changes.clear()
+        if self._changes:
+            with torch.inference_mode():
+                self.params.update(self._changes)
+            self._changes.clear()
 
     @torch.inference_mode()
     def sample(

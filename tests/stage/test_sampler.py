@@ -337,7 +337,7 @@ def test_settings_go_to_the_table_once(monkeypatch):
     sampler.flush()
     sampler.open(open_slot(2, temperature=0.5))
     sampler.flush()
-    assert written == [[1, 2], [], [2]]
+    assert written == [[1, 2], [2]]
 
 
 @pytest.mark.parametrize(
