@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conditions import conditions
+from ember_pp.coordinator.launcher import child_environment
 
 DEADLINE_S = 120.0
 SETTINGS = (
@@ -60,7 +61,7 @@ def start(source: Path, output: Path, *more: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [*command, f"job.output={output}", *more],
         cwd=output.parent,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env=child_environment() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,

@@ -29,6 +29,7 @@ def test_nothing_is_lost_differs_or_is_left():
         stages=NUM_STAGES,
         device="cpu",
         dtype="float32",
+        reference="alone",
         seed=seed_with_all_kinds(),
         seconds=1e9,
         kinds=",".join(chaos.KINDS),
