@@ -92,6 +92,7 @@ def test_two_stages_of_the_demo_model(command, tmp_path) -> None:
     tokens = result["transformers"]["tokens"]
     assert (tokens["compared"], tokens["equal"]) == (36, 36)
     assert result["faults"] == []
+    assert result["seconds"].keys() == {"pipeline", "one_stage", "transformers"}
     assert "all equal" in out
     assert "within tolerance" in out
     assert result["conditions"]["versions"]["transformers"]
