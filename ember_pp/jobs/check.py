@@ -182,7 +182,9 @@ def _check(
     connect: Connect,
 ) -> dict[str, Any]:
     tap_every = _choose_tap_every(config, job, preparation, prompts, folder)
+    started_s = time.monotonic()
     recorded = _record(config, job, prompts, folder, tap_every, connect)
+    seconds = {"pipeline": time.monotonic() - started_s}
     wanted = _wanted(config, preparation, prompts, recorded["answers"], folder)
     plans = from_wanted(wanted)
     result: dict[str, Any] = {
@@ -205,16 +207,21 @@ def _check(
         "failed_requests": recorded["failed"],
         "one_stage": None,
         "transformers": None,
+        "seconds": seconds,
         "settings": changed_settings(config),
     }
     versions = {}
     if job.against != "transformers":
         _say("running the same plans on one stage ...")
+        started_s = time.monotonic()
         result["one_stage"] = _run_one_stage(config, preparation, wanted)
+        seconds["one_stage"] = time.monotonic() - started_s
         versions = result["one_stage"]["versions"]
     if job.against != "one_stage":
         _say("running transformers ...")
+        started_s = time.monotonic()
         result["transformers"] = _run_transformers(config, job, preparation, wanted)
+        seconds["transformers"] = time.monotonic() - started_s
         versions = result["transformers"]["versions"]
     result["conditions"] = conditions(versions)
     return result
