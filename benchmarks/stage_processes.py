@@ -26,7 +26,7 @@ from ember_pp import partition, protocol
 from ember_pp.coordinator.edge_choice import EdgeChoice
 from ember_pp.model_config import ModelConfig
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 45.0
 _SPAWN = multiprocessing.get_context("spawn")
 
 
