@@ -342,11 +342,7 @@ __device__ __forceinline__ void await_bytes(u64* barrier, u32 bytes) {
 // ---------------------------------------------------------------------------------------
 // a row
 
-struct Sums {
-  u64 before, all;
-};
-
-/* Of a pack's weights, in steps of 2^-40: it depends on the pack alone, and adds up in any order. */
+/* Of a pack's weights, in steps of 2^-40: depends on the pack alone, and adds up in any order. */
 __device__ __forceinline__ u64 whole_sum(const float (&y)[kPackTokens]) {
   const float low = (y[0] + y[1]) + (y[2] + y[3]), high = (y[4] + y[5]) + (y[6] + y[7]);
   return static_cast<u64>(__float2ll_rn((low + high) * kWeightScale));
@@ -374,9 +370,6 @@ struct RowSlice {
 
   __device__ __forceinline__ int token(int pack) const {
     return (first_pack + pack) * kPackTokens;
-  }
-  __device__ __forceinline__ u32 num_bytes() const {
-    return static_cast<u32>(num_packs * sizeof(RowPack<Element>));
   }
 
   __device__ __forceinline__ RowPack<Element> read(int pack) const {
@@ -409,20 +402,30 @@ struct RowSlice {
     return to_float(from[i]);
   }
 
-  /* The one pass over memory; the largest element of this thread's packs, NaN if one is. All
-   * threads, once; `barrier` is of the block alone. */
+  /* What is whole 16 bytes may be copied at once. */
+  __device__ __forceinline__ bool is_bulk() const {
+#if __CUDA_ARCH__ >= 900
+    return kResident && is_aligned && vocab_size % kPackTokens == 0;
+#else
+    return false;
+#endif
+  }
+
+  /* Then `load_max`, with the same barrier, of the block alone; all threads, once. */
+  __device__ __forceinline__ void begin_load(u64* barrier) const {
+    if (is_bulk() && threadIdx.x == 0) {
+      copy_to_shared(kept, row + token(0), static_cast<u32>(num_packs * sizeof(kept[0])), barrier);
+    }
+  }
+
+  /* The one pass over memory; the largest element of this thread's packs, NaN if one is. */
   __device__ __forceinline__ float load_max(u64* barrier) const {
     RunningMax<Element> running;
-#if __CUDA_ARCH__ >= 900
-    if constexpr (kResident) {
-      if (is_aligned && vocab_size % kPackTokens == 0) {
-        if (threadIdx.x == 0) copy_to_shared(kept, row + token(0), num_bytes(), barrier);
-        wait_for_bytes(barrier, 0);
-        for (int i = threadIdx.x; i < num_packs; i += kRowThreads) running.take(kept[i]);
-        return running.value();
-      }
+    if (is_bulk()) {
+      wait_for_bytes(barrier, 0);
+      for (int i = threadIdx.x; i < num_packs; i += kRowThreads) running.take(kept[i]);
+      return running.value();
     }
-#endif
     for (int base = threadIdx.x; base < num_packs; base += kLoadsInFlight * kRowThreads) {
       RowPack<Element> packs[kLoadsInFlight];
 #pragma unroll
@@ -454,27 +457,26 @@ struct RowSlice {
     return sum;
   }
 
-  /* The same of elements not below `floor`: of those that come before the one ranked `cut`, and
-   * of all. */
-  __device__ __forceinline__ Sums sums_of_exponentials(float max, float factor, float floor,
-                                                       u64 cut) const {
-    const float cut_value = value_of(cut);
+  /* The same of elements not below `floor` that come before the one ranked `cut`; 0: of all. */
+  __device__ __forceinline__ u64 sum_of_exponentials(float max, float factor, float floor,
+                                                     u64 cut) const {
+    const float cut_value = cut ? value_of(cut) : minus_infinite();
     const int cut_token = ember::token_of(cut);
-    Sums sums{0, 0};
+    const float least = fmaxf(floor, cut_value);
+    u64 sum = 0;
     for (int i = threadIdx.x; i < num_packs; i += kRowThreads) {
       const RowPack<Element> pack = get(i);
-      float before[kPackTokens], all[kPackTokens];
+      if (!(pack.max() >= least)) continue;
+      float y[kPackTokens];
 #pragma unroll
       for (int j = 0; j < kPackTokens; ++j) {
         const float x = pack.value(j);
-        all[j] = x >= floor ? exp2_fast((x - max) * factor) : 0.0f;
-        const bool is_before = x > cut_value || (x == cut_value && token(i) + j < cut_token);
-        before[j] = is_before ? all[j] : 0.0f;
+        const bool is_before = x >= least && (x > cut_value || token(i) + j < cut_token);
+        y[j] = is_before ? exp2_fast((x - max) * factor) : 0.0f;
       }
-      sums.before += whole_sum(before);
-      sums.all += whole_sum(all);
+      sum += whole_sum(y);
     }
-    return sums;
+    return sum;
   }
 
   /* The first of this thread's tokens that equals `value`. */

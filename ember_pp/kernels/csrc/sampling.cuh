@@ -138,7 +138,7 @@ struct RowDraw {
   Shared& shared;
   RowExchange<kBlocks, 3>& exchange;
   const DrawRecord& settings;
-  Philox philox;
+  const Philox& philox;
   float max, per_log2;  // per_log2 = log2(e) / temperature
 
   __device__ __forceinline__ float scaled(float x) const {
@@ -397,29 +397,32 @@ struct RowDraw {
   /* Of the tokens from `kept_from`, of `total` weight if that is known (not 0). Draws until one is
    * within top_p: of what comes before a token that is not, the next. */
   __device__ __forceinline__ u64 draw_of_row(float kept_from, u64 total) {
+    const bool by_weight = settings.top_p < 1.0;
     float floor = kept_from;
     if (settings.min_p > 0.0f) floor = fmaxf(floor, floor_at(logf(settings.min_p)));
-    u64 cut = 0;
+    u64 cut = 0, drawn = kNone;
     while (true) {
-      if (total > 0) {
-        // What lies below `share` of the largest weight adds up to less than 1 - top_p.
-        const float share = (0.999f * static_cast<float>(1.0 - settings.top_p) - 1e-6f) *
-                            (static_cast<float>(total) / kWeightScale) / slice.vocab_size;
-        floor = fmaxf(floor, floor_at(fmaxf(logf(share), -27.75f)));
+      if (total > 0 || !by_weight) {
+        const Best own = draw_of_slice(floor, cut);
+        const u64 best = warp_max(own.score);
+        exchange.post(best, warp_max(own.score == best ? own.logit : 0));
+        exchange.wait();
+        drawn = exchange.max(0);
+        if (!by_weight) return drawn;
+        cut = exchange.partner(0, 1, drawn);
       }
-      const Best own = draw_of_slice(floor, cut);
-      const u64 best = warp_max(own.score);
-      exchange.post(best, warp_max(own.score == best ? own.logit : 0));
+      exchange.post(warp_sum(slice.sum_of_exponentials(max, per_log2, kept_from, cut)));
       exchange.wait();
-      const u64 drawn = exchange.max(0);
-      if (!(settings.top_p < 1.0)) return drawn;
-      cut = exchange.partner(0, 1, drawn);
-      const Sums sums = slice.sums_of_exponentials(max, per_log2, kept_from, cut);
-      exchange.post(warp_sum(sums.before), warp_sum(sums.all));
-      exchange.wait();
-      if (total == 0) total = exchange.sum(1);
-      const double target = settings.top_p * static_cast<double>(total);
-      if (static_cast<double>(exchange.sum(0)) < target) return drawn;
+      const u64 before = exchange.sum(0);
+      if (total == 0) {
+        total = before;  // of all
+      } else if (static_cast<double>(before) < settings.top_p * static_cast<double>(total)) {
+        return drawn;
+      }
+      // What lies below `share` of the largest weight adds up to less than 1 - top_p.
+      const float share = (0.999f * static_cast<float>(1.0 - settings.top_p) - 1e-6f) *
+                          (static_cast<float>(total) / kWeightScale) / slice.vocab_size;
+      floor = fmaxf(floor, floor_at(fmaxf(logf(share), -27.75f)));
     }
   }
 };
@@ -461,10 +464,13 @@ __cluster_dims__(kBlocks, 1, 1)
     if (rank == 0 && threadIdx.x == 0) token_ids[row] = 0;
     return;
   }
+  slice.begin_load(&shared.mail.load_barrier);
   const DrawRecord& settings = params[slot];
-  const float largest = slice.load_max(&shared.mail.load_barrier);
+  const Philox philox{static_cast<u32>(settings.seed), static_cast<u32>(settings.seed >> 32),
+                      static_cast<u32>(positions[row])};
   const bool is_greedy = settings.temperature == 0.0f;
   const int top_k = settings.top_k < vocab_size ? settings.top_k : 0;
+  const float largest = slice.load_max(&shared.mail.load_barrier);
   constexpr int kWarps = kBlocks * kRowWarps;
   const bool is_far = top_k > kWarps && !is_greedy;
   const u32 key = largest == largest ? ordered_bits(largest) : 0xffffffffu;  // NaN above all
@@ -490,10 +496,8 @@ __cluster_dims__(kBlocks, 1, 1)
     return;
   }
 
-  const Philox philox{static_cast<u32>(settings.seed), static_cast<u32>(settings.seed >> 32),
-                      static_cast<u32>(positions[row])};
-  RowDraw<Element, kBlocks, kResident> draw{slice, shared, exchange, settings, philox,
-                                            max, kLog2e / settings.temperature};
+  RowDraw<Element, kBlocks, kResident> draw{
+      slice, shared, exchange, settings, philox, max, kLog2e / settings.temperature};
   const bool by_weight = top_k == 0 && settings.top_p < 1.0;
   float floor = -kLargest;  // that all tokens reach which top_k keeps
   bool is_exact = top_k == 0, may_list = by_weight || (top_k > 0 && top_k <= kWarps);

@@ -42,6 +42,7 @@ __cluster_dims__(kBlocks, 1, 1)
   let_next_kernel_start();
   wait_for_previous_kernel();
   const RowSlice<Element, kBlocks, kResident> slice(logits, row, vocab_size, kept);
+  slice.begin_load(&mail.load_barrier);
   const float largest = slice.load_max(&mail.load_barrier);
   u64 own = ranked(largest, slice.first_of(largest));
   exchange.wait_open();
