@@ -36,9 +36,12 @@ _BARRIER_BYTES = 512
 _STATIC_BYTES = 256
 """Shared memory that the kernel declares by itself."""
 _ROOMS = (8, 16, 24)
+_MOST_NORMED_ROWS = 8
+_MOST_WHOLE_ROWS = 16
 _MOST_WHOLE = 8192
 """Elements of x that each thread block puts in shared memory, and norms, by itself: more of them
-stream through a ring, and have a kernel of their own for the norm."""
+have a kernel of their own for the norm, and stream through a ring, unless they and the whole share
+of the weight fit."""
 _X_RING_BYTES = 32 * 1024
 """Of x under way, where it streams and two stages are not more."""
 _SHARED_KIB = {80: 163, 90: 227, 100: 227}
@@ -98,35 +101,37 @@ def make_plan(
     """
     if not 0 < num_rows <= MOST_ROWS or width % 32 or not width or not num_outputs:
         return None
-    rows = next(room for room in _ROOMS if room >= num_rows)
-    streams = num_rows > _ROOMS[0] or num_rows * width > _MOST_WHOLE
-    if streams and is_normed:
+    is_short = num_rows * width <= _MOST_WHOLE
+    if is_normed and (num_rows > _MOST_NORMED_ROWS or not is_short):
         return None
     num_tiles = -(-num_outputs // _TILE_ROWS)
     tiles_of_block = -(-num_tiles // num_multiprocessors)
     unit_tiles = 2 if is_gated or tiles_of_block > 1 else 1
     num_units = tiles_of_block if is_gated else -(-tiles_of_block // unit_tiles)
     num_chunks = -(-width // _CHUNK)
+    share = num_units * num_chunks
     stage_bytes = unit_tiles * _TILE_ROWS * _PITCH_BYTES
-    sums_bytes = _MULTIPLYING_WARPS * num_rows * (_HELD * 2 * _TILE_ROWS + 4) * 4
+    limit = shared_limit - _STATIC_BYTES
+
+    used = _BARRIER_BYTES + _MULTIPLYING_WARPS * num_rows * (_HELD * 2 * _TILE_ROWS + 4) * 4
+    used += 2 * width if is_normed else 0
     x_bytes, x_stages = num_rows * (width + (64 if width % 64 else 32)) * 2, 0
+    fits = used + x_bytes + share * stage_bytes <= limit
+    streams = num_rows > _MOST_WHOLE_ROWS or not (is_short or fits)
     if streams:
         x_bytes = num_rows * _PITCH_BYTES
         x_stages = min(max(2, _X_RING_BYTES // x_bytes), num_chunks * -(-num_units // _HELD))
         x_stages = min(x_stages, _MOST_STAGES)
-        if 2 * x_bytes + stage_bytes + sums_bytes > shared_limit - 2 * _RESERVED_BYTES:
+        if used + 2 * x_bytes + stage_bytes > limit:
             x_stages = 1
-    used = _BARRIER_BYTES + sums_bytes + x_bytes * (x_stages if streams else 1)
-    used += 2 * width if is_normed else 0
-    share = num_units * num_chunks
+    used += x_bytes * max(1, x_stages)
     # Half of a multiprocessor, so that the next kernel fits beside this one, if all fits there.
     is_small = used + share * stage_bytes <= shared_limit // 2 - _RESERVED_BYTES - _STATIC_BYTES
-    stages = share if is_small else (shared_limit - _STATIC_BYTES - used) // stage_bytes
-    stages = min(stages, share, _MOST_STAGES)
+    stages = min(share, _MOST_STAGES, (limit - used) // stage_bytes)
     if stages < 1:
         return None
     return Plan(
-        rows=rows,
+        rows=next(room for room in _ROOMS if room >= num_rows),
         streams=streams,
         unit_tiles=unit_tiles,
         stages=stages,

@@ -291,6 +291,7 @@ HOT = [
     ("step.cuh", "end_step_kernel"),
     ("skinny_linear.cuh", "skinny_linear_kernel<8, false>"),
     ("skinny_linear.cuh", "skinny_linear_kernel<8, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, false>"),
     ("skinny_linear.cuh", "skinny_linear_kernel<16, true>"),
     ("skinny_linear.cuh", "skinny_linear_kernel<24, true>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),

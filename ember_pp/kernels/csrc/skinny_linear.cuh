@@ -21,8 +21,9 @@
  *            columns share a product is free, so a lane reads 16 bytes of a row, neighbours in
  *            memory, for two products. A row of a stage ends with 64 bytes of padding: so these
  *            reads meet no bank twice
- * x          of few elements: put whole, and normed, in shared memory by each thread block. Else
- *            (kStreams, no norm) a tenth warp brings it stage by stage through a ring of its own
+ * x          of few elements, or where it fits beside the whole share of the weight: put whole in
+ *            shared memory by each thread block, and normed. Else (kStreams, no norm) a tenth warp
+ *            brings it stage by stage through a ring of its own
  * Overlap    The next kernel may start at once, and does where it fits beside this one. A thread
  *            block whose share of the weight fits into half of a multiprocessor takes no more; a
  *            larger one takes all, since a deep ring is what rides out the wait for x
@@ -78,6 +79,12 @@ __device__ __forceinline__ u32 shared_address(const void* place) {
 
 __device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+/* 8 elements, by cp.async. */
+__device__ __forceinline__ void copy_pack(bf16* to, const bf16* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
 
 /* Of the warps that multiply. */
 __device__ __forceinline__ void sync_multipliers() {
@@ -197,10 +204,7 @@ __device__ __forceinline__ void copy_rows(bf16* stage, u32 barrier, const StageS
     const bf16* address = source.address(row);
 #pragma unroll 4
     for (int pack = threadIdx.x % kWarpSize; pack < num_packs; pack += kWarpSize) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       shared_address(stage + row * kPitch + pack * 8)),
-                   "l"(address + pack * 8)
-                   : "memory");
+      copy_pack(stage + row * kPitch + pack * 8, address + pack * 8);
     }
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
@@ -339,8 +343,8 @@ __device__ __forceinline__ uint4 normed_of(uint4 values, const uint4& weight, fl
 /* Elements between two rows of x, where it lies whole: 64 bytes off a multiple of 128. */
 __device__ __forceinline__ int pitch_of_x(int width) { return width + (width % 64 ? 64 : 32); }
 
-/* Whole x, M <= 8, to shared memory, normed if there is a norm. A warp has one row, or a part of
- * one: `parts` warps share a row. A thread norms what it has loaded itself. */
+/* Whole x to shared memory, normed, M <= 8, or as it is. `parts` warps share a row. A thread norms
+ * what it has loaded itself. */
 struct XStager {
   static constexpr int kPacks = 2;  // that a thread has under way
   const SkinnyArguments& a;
@@ -366,6 +370,19 @@ struct XStager {
       weights.load(a.norm_weight + pack * 8);
       weights.store(norm_weight + pack * 8);
     }
+  }
+
+  /* As it is. */
+  __device__ __forceinline__ void copy_all() const {
+#pragma unroll 1
+    for (int r = row; r < a.num_rows; r += kSkinnyWarps / parts) {
+#pragma unroll 4
+      for (int pack = first_pack; pack < num_packs; pack += stride) {
+        copy_pack(x + r * pitch + pack * 8, a.input + static_cast<i64>(r) * a.width + pack * 8);
+      }
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    sync_multipliers();
   }
 
   /* Returns the sum of squares of what this thread has. */
@@ -401,27 +418,24 @@ struct XStager {
     return squares;
   }
 
-  __device__ __forceinline__ void stage_all() const {
+  __device__ __forceinline__ void norm_all() const {
     __shared__ float4 squares_of[kSkinnyWarps][kSkinnyWarps / 4];  // of rows, M <= 8
     const int lane = threadIdx.x % kWarpSize;
-    float squares = row < a.num_rows ? stage_row() : 0.0f;
-    if (a.norm_weight != nullptr) {
-      squares = lane_sum<kWarpSize>(squares);
-      float* squares_of_row = reinterpret_cast<float*>(squares_of[row]);
-      if (lane < kSkinnyWarps && lane % parts == part) {  // parts that a row does not have are 0
-        squares_of_row[lane] = lane < parts ? squares : 0.0f;
-      }
-      sync_multipliers();
-      if (row < a.num_rows) {
-        const float4 s = squares_of[row][0], t = squares_of[row][1];
-        const float sum = ((s.x + s.y) + (s.z + s.w)) + ((t.x + t.y) + (t.z + t.w));
-        const float inverse_rms = rsqrtf(sum / a.width + a.eps);
+    const float squares = lane_sum<kWarpSize>(row < a.num_rows ? stage_row() : 0.0f);
+    float* squares_of_row = reinterpret_cast<float*>(squares_of[row]);
+    if (lane < kSkinnyWarps && lane % parts == part) {  // parts that a row does not have are 0
+      squares_of_row[lane] = lane < parts ? squares : 0.0f;
+    }
+    sync_multipliers();
+    if (row < a.num_rows) {
+      const float4 s = squares_of[row][0], t = squares_of[row][1];
+      const float sum = ((s.x + s.y) + (s.z + s.w)) + ((t.x + t.y) + (t.z + t.w));
+      const float inverse_rms = rsqrtf(sum / a.width + a.eps);
 #pragma unroll 1
-        for (int pack = first_pack; pack < num_packs; pack += stride) {
-          uint4* place = reinterpret_cast<uint4*>(x + row * pitch + pack * 8);
-          const uint4 weights = *reinterpret_cast<const uint4*>(norm_weight + pack * 8);
-          *place = normed_of(*place, weights, inverse_rms);
-        }
+      for (int pack = first_pack; pack < num_packs; pack += stride) {
+        uint4* place = reinterpret_cast<uint4*>(x + row * pitch + pack * 8);
+        const uint4 weights = *reinterpret_cast<const uint4*>(norm_weight + pack * 8);
+        *place = normed_of(*place, weights, inverse_rms);
       }
     }
     sync_multipliers();
@@ -547,7 +561,7 @@ __device__ __forceinline__ void write_outputs(const Work& work, const float* par
 template <int kRows, bool kStreams>
 __global__ void __launch_bounds__(kSkinnyThreads + (kStreams ? 2 : 1) * kWarpSize,
                                   kRows == 8 ? 2 : 1) skinny_linear_kernel(SkinnyArguments a) {
-  static_assert(kStreams || kRows == 8, "whole x is for few rows");
+  static_assert(kStreams || kRows <= 16, "whole x is for few rows");
   constexpr int kBlocks = kRows / 8;
   extern __shared__ uint4 memory[];
   let_next_kernel_start();
@@ -580,7 +594,11 @@ __global__ void __launch_bounds__(kSkinnyThreads + (kStreams ? 2 : 1) * kWarpSiz
     const XStager stager(a, x, norm_weight);
     if (a.norm_weight != nullptr) stager.stage_norm_weight();
     wait_for_previous_kernel();
-    stager.stage_all();
+    if (a.norm_weight != nullptr) {
+      stager.norm_all();
+    } else {
+      stager.copy_all();
+    }
   }
   const int lane_column = 32 * warp + 8 * (lane % 4), lane_row = lane / 4;
   Slot slot, x_slot;
