@@ -114,10 +114,12 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _as_checked(config: Config, job: CheckJob) -> Config:
-    """As configured, but that as many requests decode together as there may be."""
+    """As configured, but that as many requests decode together as there may be, and that a stage
+    which dies is not replaced: plans begin anew then, and what ran before is no record of them."""
     together = max(config.scheduler.max_sequences, min(job.requests, _MOST_TOGETHER))
     scheduler = dataclasses.replace(config.scheduler, max_sequences=together)
-    return dataclasses.replace(config, scheduler=scheduler)
+    supervisor = dataclasses.replace(config.supervisor, max_restarts=0)
+    return dataclasses.replace(config, scheduler=scheduler, supervisor=supervisor)
 
 
 def _prepare(config: Config, job: CheckJob) -> Preparation:

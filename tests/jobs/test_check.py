@@ -137,7 +137,7 @@ def test_256_requests_at_once(command) -> None:
     assert code == EXIT_OK, (out, err)
     result = json.loads(out)
     plans = result["plans"]
-    assert plans["most_rows"] > 128  # all but the first are in before these end
+    assert plans["most_rows"] > 64  # most are in before the first end
     assert 1 < plans["tapped"] < plans["plans"]
     assert plans["tapped"] == -(-plans["plans"] // plans["tap_every"])
     # The tokens of all plans, also of those that nobody looked into.
