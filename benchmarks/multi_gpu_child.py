@@ -98,7 +98,7 @@ def _run_in(folder: Path, command: Command, limit_s: float) -> dict[str, Any]:
         writes_file = any(OUTPUT in argument for argument in command.arguments)
         output = folder / "output.json"
         text = output.read_text() if writes_file else printed.splitlines()[-1]
-        result: dict[str, Any] = json.loads(text)
+        result: dict[str, Any] = json.loads(text.replace(str(folder), FOLDER))
     except (OSError, ValueError, IndexError) as error:
         return {"error": f"no JSON came: {error}"}
     return {"skipped": result["reason"]} if "reason" in result else {"result": result}

@@ -172,6 +172,9 @@ def test_a_child_writes_a_file_or_a_last_line() -> None:
     said = multi_gpu_child.run(command)
     assert said["result"] == {"a": 1}
     assert 0 <= said["took_s"] < 20
+    printed = json.dumps({"at": FOLDER})
+    code = f"import os; print('{printed}', flush=True); os._exit(0)"
+    assert multi_gpu_child.run(child(code))["result"] == {"at": FOLDER}, "the folder is gone"
     printing = Command(arguments=("json.tool", "--compact"), limit_s=20, stdin={"b": 2})
     assert multi_gpu_child.run(printing)["result"] == {"b": 2, "parent_pid": os.getpid()}
 
