@@ -8,8 +8,10 @@ import pytest
 
 from ember_pp import protocol
 from ember_pp.client import Client
-from ember_pp.sockets import DealerSocket
+from ember_pp.coordinator.supervisor import Phase
+from ember_pp.sockets import DealerSocket, PrivateDirectory
 from tests.coordinator.fake_stage import PATIENCE_S, FakeStage, running_coordinator
+from tests.coordinator.played_stages import Play
 
 NUM_TOKENS = 400
 
@@ -73,3 +75,23 @@ def test_strangers_at_the_stages_socket_change_nothing(identity):
         status = client.status()
         assert status["phase"] == "ready"
         assert status["stages"][0]["pid"] == stage.pid
+
+
+def test_after_a_restart_the_old_token_and_the_old_connection_are_worth_nothing():
+    with PrivateDirectory() as directory:
+        play = Play(directory)
+        play.serve()
+        old_token, old_socket = play.process_of(1).token, play.stages[1]
+        play.process_of(1).end(-9)
+        play.supervisor.check()
+        assert play.process_of(1).token != old_token
+        thief = DealerSocket(play.router.address, identity=b"thief")
+        for socket in (thief, old_socket):
+            socket.send(protocol.StageHello(1, old_token, 1, {}))
+            socket.send(protocol.StageReady(1, 1, 10, {}, 0, 0))
+            play.pump(2)
+            assert play.supervisor.stages[1].phase is Phase.STARTING
+        play.hello(1)
+        assert play.supervisor.stages[1].phase is Phase.LOADING
+        thief.close(linger_ms=0)
+        play.close()
