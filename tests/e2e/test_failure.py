@@ -90,7 +90,9 @@ def test_streams_go_on_where_they_were(client, undisturbed, victim, number):
     assert (after["phase"], after["problems"]) == ("ready", [])
     changed = [index for index in range(3) if stage_pids(client)[index] != pids[index]]
     assert changed == [victim]
-    assert noticed_s < 2.0, "under a second, and as much again for a machine that is busy"
+    # Under a second, as benchmarks.chaos measures; a busy test machine is given more, but not the
+    # time after which a plan would be overdue.
+    assert noticed_s < 4.5
     assert has_ended(pids[victim])
 
 
