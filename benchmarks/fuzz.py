@@ -263,7 +263,9 @@ def _messages() -> tuple[bytes, ...]:
         protocol.StatusReply({"phase": "ready", "stages": [{"pid": 1}]}, ["a"]),
         protocol.StageHello(0, "token", 1, {"name": "cpu"}),
         protocol.Sampled(0, 7, i32([1, -1]), [logprobs, None]),
-        protocol.StageFailed(0, 1, 2, {}, "KeyError", "text", "Traceback"),
+        protocol.StageFailed(0, 1, True, 2, {}, "KeyError", "text", "Traceback"),
+        protocol.Heartbeat(7),
+        protocol.Tally(2**40),
         protocol.Execute(
             *(0, 3, 1, u32([2]), [opened], u32([1, 9]), u32([1]), u32([1, 0, 3, 1])),
             *(i32([1, 2, 3]), 2, False, None),

@@ -11,6 +11,8 @@ plans come straight from here, without coordinator or sockets, but for the last 
                  S stages cannot be faster
     delay        one thread block of every stage is busy for so long before its layers: plans per
                  second with 2 S plans in flight, over those with one
+    copy         messages of 8 KB to 64 MB to and fro between two processes, by kernel stores and by
+                 the copy engine: microseconds a hop, with the copy out of the slot
     coordinator  tokens/s of one stream through ``job=bench`` while a busy process shares the one
                  core that the coordinator may use, over those without
 
@@ -37,7 +39,7 @@ import torch
 import yaml
 
 from benchmarks.conditions import conditions, gpu_conditions
-from benchmarks.stage_processes import DecodePlans, Pipeline, mps
+from benchmarks.stage_processes import DecodePlans, Other, Pipeline, mps, run_pair
 from ember_pp.model_config import ModelConfig
 
 RESULT = Path(__file__).with_name("results") / "handoff.json"
@@ -48,6 +50,7 @@ ROUNDS, WARM_UP_ROUNDS = 20, 5
 """Plans of each micro-batch."""
 ROWS, MICROBATCHES = 32, 4
 DELAYS_MS = (1, 2, 5)
+TOKENS_OF_8_KB = (1, 16, 64, 256, 1024, 4096, 8192)
 BENCH_TIMEOUT_S = 90
 
 
@@ -241,6 +244,46 @@ def part_delay() -> dict[str, Any]:
     return result
 
 
+def part_copy() -> dict[str, Any]:
+    """``copy``."""
+    return {"us": run_pair(time_copies)[0]}
+
+
+def time_copies(role: int, other: Other, device: torch.device) -> dict[str, dict[str, float]]:
+    """Microseconds a hop by each way, for each number of tokens of 8 KB."""
+    from ember_pp.stage.handoff import Edge, RingShape, cuda_ipc, make_receiver, make_sender
+
+    most = TOKENS_OF_8_KB[-1]
+    shape = RingShape(num_slots=4, max_tokens=most, hidden_size=4096, dtype=torch.bfloat16)
+    sender = make_sender("cuda_ipc", Edge(role, 1 - role), shape, device)
+    receiver = make_receiver("cuda_ipc", Edge(1 - role, role), shape, device)
+    theirs = other.swap((sender.handle, receiver.handle))
+    receiver.connect(theirs[0])
+    sender.connect(theirs[1])
+    message = torch.zeros(most, 4096, dtype=torch.bfloat16, device=device)
+    found: dict[str, dict[str, float]] = {}
+    plan = 0
+    for num_tokens in TOKENS_OF_8_KB:
+        count = 300 if num_tokens <= 256 else 40
+        for way, threshold in (("kernel_stores", 1 << 60), ("copy_engine", 0)):
+            cuda_ipc.COPY_ENGINE_BYTES = threshold
+            other.swap()
+            began_s = time.perf_counter()
+            for number in range(plan, plan + count):
+                for turn in (role, 1 - role):
+                    if turn == 0:
+                        sender.send(number, message[:num_tokens])
+                    else:
+                        receiver.receive_into(number, message[:num_tokens])
+            receiver.settle(timeout_s=20.0)
+            sender.settle(timeout_s=20.0)
+            took_us = (time.perf_counter() - began_s) * 1e6
+            found.setdefault(str(8 * num_tokens) + " KB", {})[way] = took_us / (2 * count)
+            plan += count
+    other.swap()
+    return found
+
+
 def part_coordinator() -> dict[str, Any]:
     """``coordinator``, of 0.6B in two stages."""
     free, halved, again = (bench_single(is_halved=halved) for halved in (False, True, False))
@@ -303,6 +346,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "stages-8b": functools.partial(part_stages, "qwen3-8b"),
     "stages-0.6b": functools.partial(part_stages, "qwen3-0.6b"),
     "delay": part_delay,
+    "copy": part_copy,
     "coordinator": part_coordinator,
 }
 

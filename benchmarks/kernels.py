@@ -269,6 +269,8 @@ def sampling_cases() -> list[Case]:
         for what, settings in ways.items()
     ]
     cases += [
+        sample_tokens("gauss", 256, "top_k 100", top_k=100),
+        sample_tokens("gauss", 256, "top_k 2000, top_p 0.9", top_k=2000, top_p=0.9),
         sample_tokens("gauss", 256, "top_k 10000", top_k=10000),
         sample_tokens("gauss", 256, "T 2, top_p 0.99", temperature=2.0, top_p=0.99),
         top_logprobs(1, 5),

@@ -14,9 +14,11 @@ call. ``--devices 0,0`` runs everything on one GPU, under MPS where that is inst
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import multi_gpu_child, multi_gpu_mps, multi_gpu_ratios
+from benchmarks import multi_gpu_child, multi_gpu_ratios
 from benchmarks.conditions import conditions
 from benchmarks.multi_gpu_cases import MODELS, PARTS, Case, all_cases
 from ember_pp.devices import count_gpus
@@ -213,13 +215,24 @@ def main() -> None:
     if options.list:
         print("\n".join(f"{case.part}: {case.name}" for part in parts for case in by_part[part]))
         return
-    with multi_gpu_mps.service(devices):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
+    with _shared(devices):
         store = Store(options.output, describe_run(devices, options.commit))
         for part in parts:
             run_part(by_part[part], store, limit_s=options.limit_s, again=options.again)
     rows = multi_gpu_ratios.summarize(store.parts)
     store.put_table(rows)
     print(multi_gpu_ratios.render(rows))
+
+
+def _shared(devices: Sequence[str]) -> contextlib.AbstractContextManager[object]:
+    """MPS where stages share a GPU: without it they take turns."""
+    gpus = [name for name in devices if name != "cpu"]
+    if len(gpus) == len(set(gpus)) or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        return contextlib.nullcontext()
+    from benchmarks.stage_processes import mps  # loads torch
+
+    return mps()
 
 
 def _some(given: str, known: Sequence[str]) -> list[str]:

@@ -232,8 +232,9 @@ def _equality(devices: Sequence[str], models: Sequence[str]) -> Iterator[Case]:
 def _check(devices: Sequence[str], model: str, num_stages: int) -> Command:
     return Command(
         arguments=(
-            *("ember_pp", "job=check", "job.against=one_stage", "job.requests=64"),
-            *("job.output_tokens=8", *_model(model), *_pipeline(devices, num_stages, "auto")),
+            *("ember_pp", "job=check", "job.against=one_stage", "job.requests=32"),
+            *("job.output_tokens=8", "job.disk_gib=1", *_model(model)),
+            *_pipeline(devices, num_stages, "auto"),
             f"job.output={OUTPUT}",
         ),
         limit_s=LIMITS_S[model],

@@ -78,7 +78,7 @@ def _run_in(folder: Path, command: Command, limit_s: float) -> dict[str, Any]:
             stderr=errors,
             text=True,
             process_group=0,
-            preexec_fn=end_with_parent,
+            preexec_fn=_end_with_parent,
         )
         try:
             printed, _ = process.communicate(
@@ -87,7 +87,7 @@ def _run_in(folder: Path, command: Command, limit_s: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"error": f"took more than {limit_s:.0f} s"}
         finally:
-            kill_group(process)
+            _kill_group(process)
         errors.seek(0)
         last_line = (errors.read().strip().splitlines() or [""])[-1]
     if process.returncode == EXIT_CANNOT_FIT:
@@ -98,19 +98,17 @@ def _run_in(folder: Path, command: Command, limit_s: float) -> dict[str, Any]:
         writes_file = any(OUTPUT in argument for argument in command.arguments)
         output = folder / "output.json"
         text = output.read_text() if writes_file else printed.splitlines()[-1]
-        result: dict[str, Any] = json.loads(text)
+        result: dict[str, Any] = json.loads(text.replace(str(folder), FOLDER))
     except (OSError, ValueError, IndexError) as error:
         return {"error": f"no JSON came: {error}"}
     return {"skipped": result["reason"]} if "reason" in result else {"result": result}
 
 
-def end_with_parent() -> None:
-    """In a child, before it is another program: the kernel ends it with this process."""
+def _end_with_parent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """End what is left of a child's process group, and reap it."""
+def _kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import statistics
@@ -200,6 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.cuda.set_device(CUDA)
     torch.manual_seed(0)
+    gc.freeze()  # every capture collects garbage first: let it have little to look through
     ops = make_ops("cuda", CUDA)
     before = read_bandwidth()
     sizes = [size for size in SIZES if size.name in options.sizes]

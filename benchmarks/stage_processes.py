@@ -26,7 +26,7 @@ from ember_pp import partition, protocol
 from ember_pp.coordinator.edge_choice import EdgeChoice
 from ember_pp.model_config import ModelConfig
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 45.0
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -43,10 +43,12 @@ def mps() -> Iterator[bool]:
         try:
             subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=20)
             is_on = True
-            # The daemon has taken it in: its clients count among the devices that it sees.
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         except (OSError, subprocess.SubprocessError):
             is_on = False
+        if is_on and before["CUDA_VISIBLE_DEVICES"]:
+            # The daemon has taken these: its clients count among the devices that it sees.
+            count = len(before["CUDA_VISIBLE_DEVICES"].split(","))
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(index) for index in range(count))
         try:
             yield is_on
         finally:

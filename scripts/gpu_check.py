@@ -79,9 +79,10 @@ class Step:
 
 def make_steps(scratch: Path, sanitizer: str, workers: int) -> list[Step]:
     """All of them in order; ``scratch`` is a folder for files that pass between processes."""
-    memory, oracle = "tests/gpu/test_memory.py", "tests/gpu/test_oracle.py"
-    rates = "tests/gpu/test_card_rates.py"
-    others = ["tests/gpu", *(f"--ignore={path}" for path in (memory, oracle, rates))]
+    oracle = "tests/gpu/test_oracle.py"
+    names = ("memory", "card_rates", "cuda_ipc", "stage_processes")
+    alone = [f"tests/gpu/test_{name}.py" for name in names]
+    others = ["tests/gpu", *(f"--ignore={path}" for path in (oracle, *alone))]
 
     def watched(tool: str) -> Step:
         return _launch_step(tool, sanitizer_command(sanitizer, tool), scratch, together="checkers")
@@ -95,7 +96,7 @@ def make_steps(scratch: Path, sanitizer: str, workers: int) -> list[Step]:
         # A file of these starts its engines once, for all its tests.
         _pytest_step("engine", others, scratch, min(workers, 3), dist="loadfile", together="tests"),
         *(watched(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
-        _pytest_step("memory", [memory, rates], scratch, 1),
+        _pytest_step("alone", alone, scratch, 1),
         Step(
             "benchmark",
             [sys.executable, "-m", "benchmarks.kernels"],

@@ -199,8 +199,8 @@ def test_every_test_for_a_gpu_is_in_a_step_and_every_tool_watches_every_kernel(
     all_steps = gpu_check.make_steps(tmp_path, "/cuda/compute-sanitizer", 6)
     steps = {step.name: step for step in all_steps}
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert list(steps) == ["kernels", "tests", "oracle", "engine", *tools, "memory", "benchmark"]
-    assert not steps["memory"].together, "alone on the card"
+    assert list(steps) == ["kernels", "tests", "oracle", "engine", *tools, "alone", "benchmark"]
+    assert not steps["alone"].together, "alone on the card"
     for tool in tools:
         command = list(steps[tool].command)
         assert command[:3] == ["/cuda/compute-sanitizer", "--tool", tool]

@@ -114,10 +114,12 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _as_checked(config: Config, job: CheckJob) -> Config:
-    """As configured, but that as many requests decode together as there may be."""
+    """As configured, but that as many requests decode together as there may be, and that a stage
+    which dies is not replaced: plans begin anew then, and what ran before is no record of them."""
     together = max(config.scheduler.max_sequences, min(job.requests, _MOST_TOGETHER))
     scheduler = dataclasses.replace(config.scheduler, max_sequences=together)
-    return dataclasses.replace(config, scheduler=scheduler)
+    supervisor = dataclasses.replace(config.supervisor, max_restarts=0)
+    return dataclasses.replace(config, scheduler=scheduler, supervisor=supervisor)
 
 
 def _prepare(config: Config, job: CheckJob) -> Preparation:
@@ -182,7 +184,9 @@ def _check(
     connect: Connect,
 ) -> dict[str, Any]:
     tap_every = _choose_tap_every(config, job, preparation, prompts, folder)
+    started_s = time.monotonic()
     recorded = _record(config, job, prompts, folder, tap_every, connect)
+    seconds = {"pipeline": time.monotonic() - started_s}
     wanted = _wanted(config, preparation, prompts, recorded["answers"], folder)
     plans = from_wanted(wanted)
     result: dict[str, Any] = {
@@ -205,16 +209,21 @@ def _check(
         "failed_requests": recorded["failed"],
         "one_stage": None,
         "transformers": None,
+        "seconds": seconds,
         "settings": changed_settings(config),
     }
     versions = {}
     if job.against != "transformers":
         _say("running the same plans on one stage ...")
+        started_s = time.monotonic()
         result["one_stage"] = _run_one_stage(config, preparation, wanted)
+        seconds["one_stage"] = time.monotonic() - started_s
         versions = result["one_stage"]["versions"]
     if job.against != "one_stage":
         _say("running transformers ...")
+        started_s = time.monotonic()
         result["transformers"] = _run_transformers(config, job, preparation, wanted)
+        seconds["transformers"] = time.monotonic() - started_s
         versions = result["transformers"]["versions"]
     result["conditions"] = conditions(versions)
     return result

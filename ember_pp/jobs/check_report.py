@@ -47,6 +47,10 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{plans['plans']:,}, up to {plans['most_rows']:,} requests in one; {looked_at} "
             "compared tensor by tensor",
         ),
+        (
+            "seconds",
+            ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["seconds"].items()),
+        ),
     ]
 
 

@@ -96,7 +96,7 @@ class CudaOps:
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Few rows: ``skinny_linear``, in which each thread block norms all of them."""
+        """Few elements: ``skinny_linear``, in which each thread block norms all of them."""
         plan = self._skinny.plan(input, weight, is_normed=True)
         if plan is None:
             normed, total = self._normed(input, residual, norm_weight, eps)

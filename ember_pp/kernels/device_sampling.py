@@ -18,8 +18,8 @@ _CLUSTERS_FROM = 90
 """Compute capability, times ten, from which thread blocks can share a row."""
 _CLUSTER, _THREADS = 8, 256
 _MOST_SLICE_BYTES = 40 * 1024
-"""Of a row that a thread block keeps in shared memory: with the rest, below the 48 KiB that need
-no opt-in, and five thread blocks fit on a multiprocessor of an H100."""
+"""Of a row that a thread block keeps in shared memory: with the rest, four thread blocks fit on a
+multiprocessor of an H100."""
 
 
 class DeviceSampling:

@@ -17,29 +17,38 @@ from torch import Tensor
 
 from ember_pp.kernels.kernel_set import KernelSet
 
-MOST_ROWS = 32
-"""Of a product; the kernel has room for no more."""
+MOST_ROWS = 24
+"""Of a product: of more, cuBLAS is faster (``benchmarks/results/skinny_linear.json``)."""
 
-_THREADS = 256
-_WARPS = 8
+_MULTIPLYING_WARPS = 8
+_WARP = 32
 _TILE_ROWS = 8
-_CHUNK = 1024
-_STAGE_BYTES = _TILE_ROWS * (_CHUNK + 32) * 2
-_MOST_STAGES = 16
-_FEWEST_STAGES = 4
-_BARRIER_BYTES = 256
-_STATIC_BYTES = 1024
-"""Shared memory that the kernel declares by itself."""
-_ROOMS = (8, 16, 32)
 _HELD = 2
-"""Pairs of tiles that share what is read of x, where that is not in shared memory."""
-_PARTS_TILES = 64
-"""Rows times tiles of a pass: what the parts of sums of a pass take of shared memory."""
+"""Units of a thread block that go through the columns side by side."""
+_CHUNK = 1024
+_PITCH_BYTES = (_CHUNK + 32) * 2
+"""Of a row of a stage."""
+_MOST_STAGES = 16
+_UNDER_WAY = 3
+"""Stages that are asked for and not there yet, at most: more of them only wait in line, and what
+the kernels read of each other then waits behind them."""
+_BARRIER_BYTES = 512
+_STATIC_BYTES = 256
+"""Shared memory that the kernel declares by itself."""
+_ROOMS = (8, 16, 24)
+_MOST_NORMED_ROWS = 8
+_MOST_WHOLE_ROWS = 16
+_MOST_WHOLE = 8192
+"""Elements of x that each thread block puts in shared memory, and norms, by itself: more of them
+have a kernel of their own for the norm, and stream through a ring, unless they and the whole share
+of the weight fit."""
+_X_RING_BYTES = 32 * 1024
+"""Of x under way, where it streams and two stages are not more."""
 _SHARED_KIB = {80: 163, 90: 227, 100: 227}
 """Most shared memory of a thread block by compute capability; 99 elsewhere."""
-_NUM_LEFT = 3
-"""Stages that a thread block has still to ask for when the next kernel may start."""
-_ARGUMENTS = "7P6if0P"
+_RESERVED_BYTES = 1024
+"""Shared memory that every thread block takes beside its own."""
+_ARGUMENTS = "7P9if0P"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,16 +57,25 @@ class Plan:
 
     rows: int
     """The kernel has room for so many."""
-    held: int
-    """Pairs of tiles that go through the columns side by side."""
-    is_shared: bool
-    """Whether the rows are put in shared memory first."""
+    streams: bool
+    """x goes through a ring; else it lies whole in shared memory."""
+    unit_tiles: int
+    """Tiles of 8 rows of the weight that a stage has."""
     stages: int
     """Of the ring."""
-    pass_tiles: int
-    """Of 8 rows of the weight, whose sums are added up together."""
+    under_way: int
+    """Stages that were asked for and are not there yet, at most."""
+    x_stages: int
+    """Of the ring of x."""
+    copy_columns: int
+    """Of a row of the weight, that one bulk copy brings."""
     num_blocks: int
     shared_bytes: int
+
+    @property
+    def num_threads(self) -> int:
+        """A warp fills the ring, and one the ring of x."""
+        return (_MULTIPLYING_WARPS + (2 if self.streams else 1)) * _WARP
 
 
 def make_plan(
@@ -70,7 +88,7 @@ def make_plan(
     num_multiprocessors: int,
     shared_limit: int,
 ) -> Plan | None:
-    """The plan of a shape on a card; None where the kernel cannot compute it.
+    """The plan of a shape on a card; None where the kernel cannot compute it, or others do better.
 
     Args:
         num_rows: M.
@@ -83,27 +101,46 @@ def make_plan(
     """
     if not 0 < num_rows <= MOST_ROWS or width % 32 or not width or not num_outputs:
         return None
-    rows = next(room for room in _ROOMS if room >= num_rows)
-    num_groups, unit = -(-num_outputs // _TILE_ROWS), 2 if is_gated else 1
-    groups_of_block = -(-num_groups // num_multiprocessors)
-    num_tiles = groups_of_block * unit
-    num_stages = min(num_tiles * -(-width // _CHUNK), _MOST_STAGES)
-    x_bytes = num_rows * (width + (64 if width % 64 else 32)) * 2
-    for is_shared in (True,) if is_normed else (True, False):
-        held = 1 if is_shared else _HELD
-        passed = max(1, _PARTS_TILES // num_rows // (2 * held)) * 2 * held
-        pass_tiles = min(num_tiles, passed)
-        parts_bytes = _WARPS * num_rows * (pass_tiles * _TILE_ROWS + 4) * 4
-        used = _BARRIER_BYTES + parts_bytes
-        used += (x_bytes if is_shared else 0) + (2 * width if is_normed else 0)
-        # Half of a multiprocessor, so that the next kernel fits beside this one, if that will do.
-        for limit in (shared_limit // 2, shared_limit):
-            stages = min(num_stages, (limit - _STATIC_BYTES - used) // _STAGE_BYTES)
-            if stages >= min(num_stages, _FEWEST_STAGES):
-                blocks = -(-num_groups // groups_of_block)
-                shared_bytes = used + stages * _STAGE_BYTES
-                return Plan(rows, held, is_shared, stages, pass_tiles, blocks, shared_bytes)
-    return None
+    is_short = num_rows * width <= _MOST_WHOLE
+    if is_normed and (num_rows > _MOST_NORMED_ROWS or not is_short):
+        return None
+    num_tiles = -(-num_outputs // _TILE_ROWS)
+    tiles_of_block = -(-num_tiles // num_multiprocessors)
+    unit_tiles = 2 if is_gated or tiles_of_block > 1 else 1
+    num_units = tiles_of_block if is_gated else -(-tiles_of_block // unit_tiles)
+    num_chunks = -(-width // _CHUNK)
+    share = num_units * num_chunks
+    stage_bytes = unit_tiles * _TILE_ROWS * _PITCH_BYTES
+    limit = shared_limit - _STATIC_BYTES
+
+    used = _BARRIER_BYTES + _MULTIPLYING_WARPS * num_rows * (_HELD * 2 * _TILE_ROWS + 4) * 4
+    used += 2 * width if is_normed else 0
+    x_bytes, x_stages = num_rows * (width + (64 if width % 64 else 32)) * 2, 0
+    fits = used + x_bytes + share * stage_bytes <= limit
+    streams = num_rows > _MOST_WHOLE_ROWS or not (is_short or fits)
+    if streams:
+        x_bytes = num_rows * _PITCH_BYTES
+        x_stages = min(max(2, _X_RING_BYTES // x_bytes), num_chunks * -(-num_units // _HELD))
+        x_stages = min(x_stages, _MOST_STAGES)
+        if used + 2 * x_bytes + stage_bytes > limit:
+            x_stages = 1
+    used += x_bytes * max(1, x_stages)
+    # Half of a multiprocessor, so that the next kernel fits beside this one, if all fits there.
+    is_small = used + share * stage_bytes <= shared_limit // 2 - _RESERVED_BYTES - _STATIC_BYTES
+    stages = min(share, _MOST_STAGES, (limit - used) // stage_bytes)
+    if stages < 1:
+        return None
+    return Plan(
+        rows=next(room for room in _ROOMS if room >= num_rows),
+        streams=streams,
+        unit_tiles=unit_tiles,
+        stages=stages,
+        under_way=min(stages, _UNDER_WAY),
+        x_stages=x_stages,
+        copy_columns=_CHUNK // 2 if is_small else _CHUNK,
+        num_blocks=-(-num_tiles // tiles_of_block),
+        shared_bytes=used + stages * stage_bytes,
+    )
 
 
 class SkinnyLinear:
@@ -162,12 +199,9 @@ class SkinnyLinear:
         """
         num_rows, width = input.shape
         num_outputs = weight.shape[0] // (2 if is_gated else 1)
-        flags = ", ".join(
-            "true" if flag else "false" for flag in (norm is not None, is_gated, plan.is_shared)
-        )
         kernel = self._kernels.get(
             "skinny_linear.cuh",
-            f"skinny_linear_kernel<{plan.rows}, {plan.held}, {flags}>",
+            f"skinny_linear_kernel<{plan.rows}, {str(plan.streams).lower()}>",
             _ARGUMENTS,
         )
         output = input.new_empty((num_rows, num_outputs))
@@ -184,12 +218,17 @@ class SkinnyLinear:
             num_rows,
             width,
             num_outputs,
+            is_gated,
+            plan.unit_tiles,
             plan.stages,
-            plan.pass_tiles,
-            _NUM_LEFT,
+            plan.under_way,
+            plan.x_stages,
+            plan.copy_columns,
             eps,
         )
-        kernel.launch((plan.num_blocks, 1), _THREADS, arguments, shared_bytes=plan.shared_bytes)
+        kernel.launch(
+            (plan.num_blocks, 1), plan.num_threads, arguments, shared_bytes=plan.shared_bytes
+        )
         return output, total
 
 

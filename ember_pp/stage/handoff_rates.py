@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -314,21 +315,20 @@ class Lead:
         self._peer.say({"rows": 0, "rounds": 0})
 
     def clock_ns(self) -> dict[str, float]:
-        """``step_ns``, the least that the clock moves by, and ``between_ns``, the median time
-        between two kernels with nothing between them: what no hop on this device is below."""
-        moments: list[int] = []
+        """``step_ns``, what the clock counts in, and ``between_ns``, the median time between two
+        kernels with nothing between them: what no hop on this device is below."""
         for _ in range(_MAX_GATES):
             gate = None if isinstance(self._times, HostTimes) else self._close_gate()
             for _ in range(2 * _BATCH):
                 self._times.mark()
-            is_late = gate is not None and gate.query()
+            is_late = gate is not None and bool(gate.query())
             moments = self._times.take()
             if not is_late:
                 break
-        steps = [end - begin for begin, end in itertools.pairwise(moments)]
+        steps_ns = [end - begin for begin, end in itertools.pairwise(moments)]
         return {
-            "step_ns": float(min((step for step in steps if step > 0), default=0)),
-            "between_ns": float(statistics.median(steps)),
+            "step_ns": float(math.gcd(*steps_ns)),
+            "between_ns": float(statistics.median(steps_ns)),
         }
 
 

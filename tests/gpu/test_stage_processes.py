@@ -1,7 +1,6 @@
 """Stages on one card: equal bits for any number of them, and where their time goes."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import pytest
@@ -107,8 +106,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 # time
 
 
-def delayed(worker, *, delay_ms=DELAY_MS):
-    """Before the layers of each plan, one thread block is busy for ``delay_ms``."""
+def delayed(worker):
+    """Before the layers of each plan, one thread block is busy for ``DELAY_MS``."""
     from ember_pp.stage.captured import CapturedSteps
 
     hidden_states = CapturedSteps.hidden_states
@@ -116,7 +115,7 @@ def delayed(worker, *, delay_ms=DELAY_MS):
 
     def delay_first(self, *arguments):
         if not cycles:
-            cycles.append(cycles_per_ms() * delay_ms)
+            cycles.append(cycles_per_ms() * DELAY_MS)
         torch.cuda._sleep(int(cycles[0]))
         return hidden_states(self, *arguments)
 
@@ -137,8 +136,8 @@ def test_a_delay_in_one_stage_is_waiting_in_the_others(pipeline):
     """Each plan needs the tokens of the one before: what stage 1 takes longer, the others wait.
     And a stage that waits says for what."""
     plans = DecodePlans(1).take(NUM_DECODES)
-    waits = []
-    for hooks in ({}, {1: functools.partial(delayed)}):
+    found = []
+    for hooks in ({}, {1: delayed}):
         stages = pipeline(3, hooks=hooks)
         assert set(stages.edges.values()) == {"cuda_ipc"}, stages.edge_reasons
         stages.run(plans[:20])  # graphs are there
@@ -146,23 +145,28 @@ def test_a_delay_in_one_stage_is_waiting_in_the_others(pipeline):
         stages.run(plans[20:])
         settle(lambda s=stages: all(s.stats(i).plan == NUM_DECODES - 1 for i in range(3)))
         after = [stages.stats(index) for index in range(3)]
-        waits.append(
+        found.append(
             [
-                (new.wait_input_ns - old.wait_input_ns) / 1e6 / (NUM_DECODES - 20)
+                {
+                    name: (getattr(new, name) - getattr(old, name)) / 1e6 / (NUM_DECODES - 20)
+                    for name in ("busy_ns", "wait_input_ns", "wait_output_ns", "host_gap_ns")
+                }
                 for old, new in zip(before, after, strict=True)
             ]
         )
-        busy = [
-            (new.busy_ns - old.busy_ns) / 1e6 / (NUM_DECODES - 20)
-            for old, new in zip(before, after, strict=True)
-        ]
-        print("wait per plan, ms:", waits[-1], "busy:", busy)  # noqa: T201  a measurement
+        print(f"ms a plan, by stage: {found[-1]}")  # noqa: T201  a measurement
         if not hooks:
             says_for_what(stages, plans[-1].plan + 1)
         stages.stop()
-    for index in (0, 2):
-        assert waits[1][index] - waits[0][index] == pytest.approx(DELAY_MS, rel=0.05)
-    assert waits[1][1] == pytest.approx(waits[0][1], abs=0.05 * DELAY_MS)
+    without, (first, second, third) = found
+    delay_ms = second["busy_ns"] - without[1]["busy_ns"]
+    assert delay_ms == pytest.approx(DELAY_MS, rel=0.15), "clocks of a card vary"
+    # One process's waiting is the others' work, and what they hand on takes next to nothing.
+    tolerance = {"abs": 0.05 * delay_ms}
+    first_waits, third_waits = first["wait_input_ns"], third["wait_input_ns"]
+    assert first_waits == pytest.approx(second["busy_ns"] + third["busy_ns"], **tolerance)
+    assert third_waits == pytest.approx(first["busy_ns"] + second["busy_ns"], **tolerance)
+    assert second["wait_input_ns"] < 0.5 * delay_ms
 
 
 def says_for_what(stages, plan):

@@ -129,3 +129,19 @@ def test_a_signal_to_every_process_drains_too(undisturbed, tmp_path, num_before)
     code, stderr = finish(start(source, output))
     assert code == 0, stderr
     assert answers(output) == expected
+
+
+def test_nobody_computes_on_for_a_job_that_is_gone(undisturbed, tmp_path):
+    """Its coordinator is told by the kernel; what was open is nobody's, and is not waited for."""
+    source, _ = undisturbed
+    process = start(source, tmp_path / "out.jsonl", "shutdown.grace_s=1000")
+    wait_for(lambda: num_answers(tmp_path / "out.jsonl") >= 3, process, "answers")
+    children = descendants(process.pid)
+    assert len(children) == 3
+    process.kill()
+    process.wait()
+    deadline_s = time.monotonic() + 20.0
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline_s, "a process outlived the job"
+        time.sleep(0.01)
+    process.stderr.close()

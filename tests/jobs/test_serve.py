@@ -14,7 +14,7 @@ import pytest
 
 from ember_pp import protocol
 from ember_pp.client import Client
-from ember_pp.errors import UnavailableError
+from ember_pp.errors import StageDiedError, UnavailableError
 from ember_pp.key_files import KeyFolder
 from ember_pp.sockets import ClientKeys, DealerSocket, KeyPair
 
@@ -129,6 +129,17 @@ def is_running(pid):
     except OSError:
         return False
     return state != "Z"
+
+
+def test_the_code_of_a_failure_is_another_one(address):
+    with Server(address, "supervisor.max_restarts=0") as server:
+        request = first_tokens(server.client, **LONG)
+        os.kill(server.stages[1], signal.SIGKILL)
+        with pytest.raises(StageDiedError, match="killed by signal 9"):
+            request.result(DEADLINE_S)
+        code, stderr = server.finish()
+        assert code == 1
+        assert "Traceback" not in stderr
 
 
 def test_with_nothing_open_the_end_is_at_once(address):

@@ -11,7 +11,7 @@ from kernel_backends import BACKENDS, cpu_ops, open_backend
 from numeric import assert_bitwise_equal
 
 EPS = 1e-6
-SHAPES = [(7, 64), (44, 96), (1056, 1024), (3072, 1056), (1100, 2592), (72, 5120)]
+SHAPES = [(7, 64), (8, 96), (44, 96), (1056, 1024), (3072, 1056), (1100, 2592), (72, 5120)]
 """Width after the activation, and before the norm."""
 
 

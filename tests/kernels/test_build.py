@@ -294,14 +294,11 @@ HOT = [
     ("handoff.cuh", "take_slot_kernel<uint4>"),
     ("handoff.cuh", "take_pairs_kernel"),
     ("handoff.cuh", "write_time_kernel"),
-    *(
-        ("skinny_linear.cuh", f"skinny_linear_kernel<{rows}, 1, {flags}, true>")
-        for rows in (8, 16, 32)
-        for flags in ("false, false", "true, false", "true, true")
-    ),
-    ("skinny_linear.cuh", "skinny_linear_kernel<8, 2, false, false, false>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<16, 2, false, false, false>"),
-    ("skinny_linear.cuh", "skinny_linear_kernel<16, 2, false, true, false>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, false>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<8, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, false>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<16, true>"),
+    ("skinny_linear.cuh", "skinny_linear_kernel<24, true>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
     ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 4>"),
@@ -332,25 +329,13 @@ OTHERS = [
     ("sampling.cuh", "sample_tokens_kernel<bf16, 1, false>"),
     ("sampling.cuh", "sample_tokens_kernel<float, 8, false>"),
     ("top_logprobs.cuh", "top_logprobs_kernel<float, 1, false>"),
-    *(
-        ("skinny_linear.cuh", f"skinny_linear_kernel<{instance}>")
-        for instance in (
-            "8, 2, false, true, false",
-            "32, 2, false, false, false",
-            "32, 2, false, true, false",
-        )
-    ),
-    *(
-        ("skinny_linear.cuh", f"skinny_linear_kernel<{rows}, 1, false, true, true>")
-        for rows in (8, 16, 32)
-    ),
 ]
 
 
 def products_of_the_models() -> set[tuple[str, str]]:
     """What ``skinny_linear`` instances the Qwen3 models need on an H100."""
     needed = set()
-    for preset, num_rows in itertools.product(PRESETS, (1, 2, 4, 8, 16, 32)):
+    for preset, num_rows in itertools.product(PRESETS, (1, 2, 4, 8, 16, 24)):
         cfg = config_of(preset)
         heads, kv_heads = cfg.num_heads, cfg.num_kv_heads
         for width, num_outputs, is_normed, is_gated in (
@@ -365,9 +350,8 @@ def products_of_the_models() -> set[tuple[str, str]]:
             flags = {"is_normed": is_normed, "is_gated": is_gated}
             plan = make_plan(num_rows, width, num_outputs, **flags, **H100)
             if plan is not None:
-                booleans = (is_normed, is_gated, plan.is_shared)
-                numbers = [plan.rows, plan.held, *(str(flag).lower() for flag in booleans)]
-                expression = f"skinny_linear_kernel<{', '.join(map(str, numbers))}>"
+                flag = str(plan.streams).lower()
+                expression = f"skinny_linear_kernel<{plan.rows}, {flag}>"
                 needed.add(("skinny_linear.cuh", expression))
     return needed
 

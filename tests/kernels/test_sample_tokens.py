@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ember_pp.errors import KernelArgumentError
-from ember_pp.kernels import Ops, sampling
+from ember_pp.kernels import Ops, device_sampling, make_ops, sampling
 from ember_pp.kernels.slot_params import DrawSettings, SlotParams
 from kernel_backends import BACKENDS, cpu_ops, open_backend
 from numeric import DRAWS_DIFFERING, assert_nearly_tied
@@ -149,6 +149,47 @@ def test_a_real_vocabulary_draws_what_the_reference_draws_there(
         assert_same_draws(drawn, expected, logits, settings, positions)
 
 
+@pytest.mark.parametrize("backend", CUDA_ONLY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", [9, 129, 4099, 32_003])
+def test_of_thousands_of_rows_none_is_wrong(
+    vocab_size: int, dtype: torch.dtype, backend: str
+) -> None:
+    """A fault that one row in ten thousand shows; the reference runs on the device."""
+    (ops, device), (reference, _) = open_backend(backend), open_backend("cuda-reference")
+    num_slots, num = 997, 20_000 if vocab_size < 10_000 else 4000
+    settings = random_settings(num_slots, vocab_size, seed=vocab_size)
+    params = make_params(settings, device)
+    g = torch.Generator(device).manual_seed(vocab_size)
+    spread = torch.tensor([0.1, 0.3, 1.0, 3.0, 6.0], device=device)
+    rows = torch.arange(num, device=device)
+    logits = torch.randn(num, vocab_size, generator=g, device=device) * spread[rows % 5][:, None]
+    logits, slots = logits.to(dtype), (rows % num_slots).int()
+    positions = torch.randint(2**31, (num,), generator=g, device=device)
+    expected = reference.sample_tokens(logits, slots, positions, params)
+    drawn = ops.sample_tokens(logits, slots, positions, params)
+    settings = [settings[slot] for slot in slots.tolist()]
+    assert_same_draws(drawn.tolist(), expected.tolist(), logits, settings, positions.cpu())
+
+
+@pytest.mark.parametrize("backend", CUDA_ONLY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocab_size", [9, 2048, 32_003])
+def test_one_thread_block_draws_what_a_cluster_draws(
+    vocab_size: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on cards that have no clusters."""
+    (ops, device), num = open_backend(backend), 200
+    monkeypatch.setattr(device_sampling, "_CLUSTERS_FROM", 10_000)
+    alone = make_ops("cuda", device)
+    logits = make_logits(num, vocab_size, dtype, seed=1).to(device)
+    settings = random_settings(num, vocab_size, seed=4)
+    positions = torch.arange(num) + 5
+    expected = draw(ops, logits, settings, positions, device)
+    drawn = draw(alone, logits, settings, positions, device)
+    assert_same_draws(drawn, expected, logits, settings, positions)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_equal_logits_are_told_apart_by_their_ids(dtype: torch.dtype, backend: str) -> None:
@@ -174,6 +215,10 @@ def test_equal_logits_are_told_apart_by_their_ids(dtype: torch.dtype, backend: s
         {"top_k": 1},
         {"top_k": 3000, "top_p": 0.99},
         {"top_k": 2047, "min_p": 0.001},
+        {"top_k": 150, "top_p": 0.9},
+        {"top_k": 700},
+        {"top_p": 0.03},
+        {"top_p": 0.4, "min_p": 0.01},
         {"top_p": 1e-300},
         {"top_p": 1 - 2**-53},
         {"min_p": 1.0},

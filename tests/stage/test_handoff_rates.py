@@ -160,6 +160,13 @@ def test_a_hop_is_half_of_a_round_trip(pair) -> None:
     ], "every slot is given back, in order, over several batches"
 
 
+def test_a_clock_is_described_by_what_it_counts_in_and_by_two_kernels_in_a_row(pair) -> None:
+    lead, _ = pair()
+    ticks = iter([32 * tick for tick in (1, 60, 121, 181, *range(250, 1000, 60))])
+    lead._times.take = lambda: [next(ticks) for _ in range(4)]
+    assert lead.clock_ns() == {"step_ns": 32.0, "between_ns": 32.0 * 60}
+
+
 def test_a_gate_that_opens_too_early_is_tried_again_with_a_longer_one(pair, monkeypatch) -> None:
     answers = [True, True, False, False]
     cycles = []

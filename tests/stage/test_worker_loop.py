@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ember_pp import protocol
-from ember_pp.stage.runner import StartedPlan
+from ember_pp.errors import ProtocolError
+from ember_pp.stage.runner import CountedPlan, DeviceWait, StartedPlan
+from ember_pp.stage.timing import PlanTimes
 from ember_pp.stage.worker import StageWorker
 
 EPOCH, DEADLINE_S = 3, 60.0
@@ -30,6 +32,7 @@ class Device:
     def __init__(self):
         self.num_started = 0
         self.num_done = 0
+        self.counted = []
         self.has_failed = False
 
     def start(self, execute):
@@ -43,7 +46,8 @@ class Device:
         return StartedPlan(is_done, lambda: protocol.Sampled(EPOCH, execute.plan, b"", []))
 
     def take_times(self):
-        return []
+        counted, self.counted = self.counted, []
+        return counted
 
 
 class Stage:
@@ -58,7 +62,17 @@ class Stage:
             device=torch.device("cpu"), step_advice=lambda plan: ""
         )
         self.worker._runner = self.device
-        self.worker._edges = SimpleNamespace(waiting_for="", close=lambda: None, check=lambda: None)
+        self.wrong = None
+        self.worker._edges = SimpleNamespace(
+            waiting_for="",
+            close=lambda: None,
+            check=self.check,
+            describe=lambda plan, since_ns, is_for_input: f"{plan} {since_ns} {is_for_input}",
+        )
+
+    def check(self):
+        if self.wrong is not None:
+            raise self.wrong
 
     def loop_over(self, *plans):
         """The loop in a thread, and its inbox, in which nothing follows ``plans``."""
@@ -141,3 +155,53 @@ def test_with_nothing_at_work_the_loop_sleeps(stage):
     assert time.process_time() - before_s < 0.01
     inbox.put(None)
     thread.join(DEADLINE_S)
+
+
+# ------------------------------------------------------------------------------------
+# a device that times its plans
+
+
+@pytest.fixture
+def timed(stage):
+    stage.device.is_timed_by_device = True
+    offset = SimpleNamespace(ns=1_000_000_000_000_000_000)  # a card's clock is far from a host's
+    stage.worker._card_clock = SimpleNamespace(sample=lambda: None, offset=offset)
+    stage.worker._clock._since_ns = offset.ns
+    return stage
+
+
+def test_what_the_device_says_is_counted_in_place_of_what_the_host_sees(timed):
+    times = PlanTimes(0, 0, 10_000, 20_000, 50_000, 150_000, 155_000, 160_000)
+    timed.device.counted.append(CountedPlan(0, True, times))
+    timed.device.num_done = 1
+    timed.worker.handle(execute(0))
+    stats = timed.worker.stats()
+    assert (stats.idle_ns, stats.wait_input_ns, stats.wait_output_ns) == (10_000, 30_000, 5_000)
+    assert (stats.busy_ns, stats.host_gap_ns) == (115_000, 0)
+
+
+def test_the_loop_goes_on_until_the_last_plan_is_counted(timed):
+    timed.device.is_timing = True
+    thread, inbox = timed.loop_over(0)
+    timed.device.num_done = 1
+    wait_until(lambda: len(timed.posted) == 1)
+    timed.device.counted.append(CountedPlan(0, True, PlanTimes(0, 0, 1, 0, 0, 0, 0, 7_000)))
+    wait_until(lambda: timed.worker.stats().busy_ns == 6_999)
+    timed.device.is_timing = False
+    inbox.put(None)
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+def test_what_the_device_waits_for_is_told_by_the_hosts_clock(timed):
+    timed.device.wait = DeviceWait(7, True, 50)
+    assert timed.worker.stats().waiting_for == f"7 {1_000_000_000_000_000_050} True"
+
+
+def test_what_the_device_received_wrong_ends_the_stage_by_its_plan(stage):
+    thread, _ = stage.loop_over(0, 1)
+    stage.wrong = ProtocolError("edge 0->1: slot 1 holds plan 7")
+    stage.device.num_done = 1
+    thread.join(DEADLINE_S)
+    [failed] = stage.posted
+    assert (failed.plan, failed.text) == (0, "edge 0->1: slot 1 holds plan 7")

@@ -2,67 +2,74 @@
  * skinny_linear: a product of few rows with a weight, which is read once; neighbours fused.
  *
  * What       total = round(input + residual) where there is a residual, else input
- *            x = rms_norm(total) with kNorm (rounded as in rms_norm.cuh), else input
+ *            x = rms_norm(total) with a norm (rounded as in rms_norm.cuh), else input
  *            output[m, o] = round(x[m] . weight[o] + bias[o])
- *            kGated: output[m, i] = round(round(silu(gate)) * up), gate = round(x[m] . weight[i]),
+ *            gated: output[m, i] = round(round(silu(gate)) * up), gate = round(x[m] . weight[i]),
  *            up = round(x[m] . weight[I + i])
- * Shapes     input, residual, total [M, K]; norm_weight [K]; weight [O, K] (kGated: [2I, K]);
- *            bias [O]; output [M, O] (kGated: [M, I]); contiguous. residual, total and bias may
- *            be null. M <= kRows, one of 8, 16, 32
+ * Shapes     input, residual, total [M, K]; norm_weight [K]; weight [O, K] (gated: [2I, K]);
+ *            bias [O]; output [M, O] (gated: [M, I]); contiguous. residual, total, norm_weight and
+ *            bias may be null. M <= kRows, one of 8, 16, 24
  * Types      bf16; products on tensor cores with fp32 sums; squares, mean, silu in fp32
- * Mapping    A *tile* is 8 rows of the weight, a *stage* 1024 columns of a tile in shared memory.
- *            A thread block owns neighbouring tiles (kGated: gate and up in turn). Its 8 warps take
- *            the columns of a stage by turns of 32, so each of them has a part of every sum; parts
- *            meet in shared memory when a pass of `pass_tiles` tiles is done. A ring of num_stages
- *            stages is filled ahead by the bulk copy engine (before sm_90: cp.async), a row per
- *            copy; its first round is asked for before the wait for the previous kernel, since
- *            weights are constant. So a thread block must be small enough to share a
- *            multiprocessor with the kernels before it. Two tiles are the A operand of m16n8k16,
- *            8 rows of x the B operand; which columns share a product is free, so a lane reads 16
- *            bytes of a row, neighbours in memory, for two products. A row of a stage ends with 64
- *            bytes of padding: so these reads meet no bank twice
- * x          kShared: put (normed) in shared memory by each thread block; a warp multiplies two
- *            tiles (kHeld = 1) over all columns, then the next. Else (no kNorm) read from the
- *            second-level cache into registers, 1024 columns for 2 * kHeld tiles
+ * Mapping    A *tile* is 8 rows of the weight. A thread block owns neighbouring tiles and goes
+ *            through them by *units* of two (gated: gate and up; one, where the block has no more),
+ *            kHeld units side by side. A *stage* is 1024 columns of a unit in shared memory. Eight
+ *            warps take the columns of a stage by turns of 32, so each has a part of every sum;
+ *            parts meet in shared memory. A ninth warp fills the ring of stages by the bulk copy
+ *            engine (before sm_90: cp.async), a row at a time. It does not wait for the previous
+ *            kernel, since weights are constant: what the ring holds is there, or on the way, when
+ *            x comes. A unit is the A operand of m16n8k16, 8 rows of x the B operand; which
+ *            columns share a product is free, so a lane reads 16 bytes of a row, neighbours in
+ *            memory, for two products. A row of a stage ends with 64 bytes of padding: so these
+ *            reads meet no bank twice
+ * x          of few elements, or where it fits beside the whole share of the weight: put whole in
+ *            shared memory by each thread block, and normed. Else (kStreams, no norm) a tenth warp
+ *            brings it stage by stage through a ring of its own
+ * Overlap    The next kernel may start at once, and does where it fits beside this one. A thread
+ *            block whose share of the weight fits into half of a multiprocessor takes no more; a
+ *            larger one takes all, since a deep ring is what rides out the wait for x
  * Order      of a sum: by K alone. Which thread block computes it changes nothing
- * Requires   K % 32 == 0, addresses multiples of 16 bytes, pass_tiles a multiple of 2 * kHeld or
- *            all tiles of a thread block
+ * Requires   K % 32 == 0, addresses multiples of 16 bytes
  * Bound      memory: O * K * 2 bytes
- * Tried      a ninth warp that fills the ring: three thread blocks have then no room for their
- *            registers on a multiprocessor; tiles as the B operand: twice the products for 8 rows;
- *            running the code once before the wait, to have it in the cache: slower
+ * Tried      tiles as the B operand: twice the products for 8 rows; a norm in each thread block for
+ *            any number of rows: slower than a kernel of its own from 16 KiB of x; cp.async by the
+ *            warps that multiply, each lane what it reads, without barriers: as fast for large
+ *            weights, but x then queues behind them; the first stage in registers before x comes:
+ *            no faster; bulk copies of 1 KiB for large weights: slower
  * Test       tests/kernels/test_linear.py, test_add_rms_norm_linear.py,
  *            test_add_rms_norm_gate_up.py
  * Bench      python -m benchmarks.skinny_linear
- * Source     own; the ring is that of CUTLASS's pipelines
+ * Source     own; the rings are those of CUTLASS's pipelines
  */
 #include "device.cuh"
 
 namespace ember {
 
-constexpr int kSkinnyWarps = 8;
+constexpr int kSkinnyWarps = 8;  // that multiply; one more fills the ring, one the ring of x
 constexpr int kSkinnyThreads = kSkinnyWarps * kWarpSize;
 constexpr int kTileRows = 8;
+constexpr int kHeld = 2;                            // units that go through the columns together
 constexpr int kChunk = 1024;                        // columns of a stage
 constexpr int kSteps = kChunk / 32 / kSkinnyWarps;  // of a warp in a stage
-constexpr int kStagePitch = kChunk + 32;            // elements between rows
-constexpr int kStageElements = kTileRows * kStagePitch;
-constexpr int kMaxStages = 16;
+constexpr int kPitch = kChunk + 32;                 // elements between rows of a stage
+constexpr int kMaxStages = 16;                      // of each ring
 
 struct SkinnyArguments {
   const bf16* input;
   const bf16* residual;
-  const bf16* norm_weight;
+  const bf16* norm_weight;  // null: no norm
   const bf16* weight;
   const bf16* bias;
   bf16* output;
   bf16* total;
-  int num_rows;     // M
-  int width;        // K
-  int num_outputs;  // O; kGated: I
-  int num_stages;   // of the ring, at most kMaxStages
-  int pass_tiles;   // tiles whose parts of sums are added up together
-  int num_left;     // stages still to be asked for when the next kernel may start
+  int num_rows;       // M
+  int width;          // K
+  int num_outputs;    // O; gated: I
+  int is_gated;
+  int unit_tiles;     // 2; 1 where a thread block has one tile
+  int num_stages;     // of the ring, at most kMaxStages
+  int num_under_way;  // stages asked for and not there yet, at most num_stages
+  int num_x_stages;   // kStreams: of the ring of x, at most kMaxStages
+  int copy_columns;   // of a row of the weight that one bulk copy brings
   float eps;
 };
 
@@ -73,18 +80,18 @@ __device__ __forceinline__ u32 shared_address(const void* place) {
 __device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-/* Elements between two rows of x in shared memory: 64 bytes off a multiple of 128. */
-__device__ __forceinline__ int pitch_of_x(int width) { return width + (width % 64 ? 64 : 32); }
+/* 8 elements, by cp.async. */
+__device__ __forceinline__ void copy_pack(bf16* to, const bf16* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
 
-// ---- the ring -------------------------------------------------------------------------
+/* Of the warps that multiply. */
+__device__ __forceinline__ void sync_multipliers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kSkinnyThreads) : "memory");
+}
 
-/* Two barriers per stage: one for what has come, one for what has been read. */
-struct Barriers {
-  u32 first;
-
-  __device__ __forceinline__ u32 full(int slot) const { return first + 16 * slot; }
-  __device__ __forceinline__ u32 empty(int slot) const { return first + 16 * slot + 8; }
-};
+// ---- rings ----------------------------------------------------------------------------
 
 __device__ __forceinline__ void init_barrier(u32 barrier, int num_arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
@@ -95,23 +102,30 @@ __device__ __forceinline__ void arrive(u32 barrier) {
                : "memory");
 }
 
-__device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
+__device__ __forceinline__ bool has_passed(u32 barrier, u32 parity) {
+  u32 passed;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "again:\n"
 #if __CUDA_ARCH__ >= 900
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
 #else
-      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
 #endif
-      "@!done bra again;\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
       : "memory");
+  return passed != 0;
 }
 
-/* A place in the ring and how often it was passed. */
+__device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
+  while (!has_passed(barrier, parity)) {
+  }
+}
+
+/* A place in a ring, and how often it was passed. */
 struct Slot {
   int index = 0;
   u32 parity = 0;
@@ -124,64 +138,128 @@ struct Slot {
   }
 };
 
-/* Rows of a stage as they lie in memory. */
+/* Stages in shared memory, each with a barrier for "it is there" and one for "it was read". */
+struct Ring {
+  bf16* stages;
+  u32 barriers;
+  int num_stages, stage_elements;
+
+  __device__ __forceinline__ u32 full(int slot) const { return barriers + 16 * slot; }
+  __device__ __forceinline__ u32 empty(int slot) const { return barriers + 16 * slot + 8; }
+  __device__ __forceinline__ bf16* stage(int slot) const { return stages + slot * stage_elements; }
+  __device__ __forceinline__ void init() const;
+};
+
+/* Rows of a stage as they lie in memory: `num_rows` neighbours; has_up: as many at `up`, which are
+ * rows 8 and up of the stage. */
 struct StageSource {
   const bf16* rows;
-  int num_rows, num_columns;
   i64 stride;
+  int num_rows, num_columns;
+  bool has_up = false;
+  const bf16* up = nullptr;
+
+  __device__ __forceinline__ bool has(int row) const {
+    return has_up ? row < 2 * kTileRows && row % kTileRows < num_rows : row < num_rows;
+  }
+  __device__ __forceinline__ const bf16* address(int row) const {
+    return has_up && row >= kTileRows ? up + (row - kTileRows) * stride : rows + row * stride;
+  }
 };
 
 #if __CUDA_ARCH__ >= 900
 constexpr int kArrivals = 1;
 
 /* By one warp. */
-__device__ __forceinline__ void fill(bf16* stage, u32 barrier, const StageSource& source) {
+__device__ __forceinline__ void copy_rows(bf16* stage, u32 barrier, const StageSource& source,
+                                          int copy_columns) {
   const int lane = threadIdx.x % kWarpSize;
-  const u32 row_bytes = source.num_columns * sizeof(bf16);
   if (lane == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(source.num_rows * row_bytes)
+    const u32 bytes = (source.has_up ? 2 : 1) * source.num_rows * source.num_columns * sizeof(bf16);
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
   }
   __syncwarp();
-  if (lane < source.num_rows) {
+  if (!source.has(lane)) return;
+  const bf16* address = source.address(lane);
+#pragma unroll 1
+  for (int column = 0; column < source.num_columns; column += copy_columns) {
+    const u32 bytes = min(copy_columns, source.num_columns - column) * sizeof(bf16);
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(stage + lane * kStagePitch)),
-        "l"(source.rows + lane * source.stride), "r"(row_bytes), "r"(barrier)
+            "r"(shared_address(stage + lane * kPitch + column)),
+        "l"(address + column), "r"(bytes), "r"(barrier)
         : "memory");
   }
 }
 #else
 constexpr int kArrivals = kWarpSize;
 
-__device__ __forceinline__ void fill(bf16* stage, u32 barrier, const StageSource& source) {
-  constexpr int kPacks = kChunk / 8;
+__device__ __forceinline__ void copy_rows(bf16* stage, u32 barrier, const StageSource& source,
+                                          int) {
+  const int num_packs = source.num_columns / 8;
+#pragma unroll 1
+  for (int row = 0; row < kWarpSize; ++row) {
+    if (!source.has(row)) continue;
+    const bf16* address = source.address(row);
 #pragma unroll 4
-  for (int i = threadIdx.x % kWarpSize; i < kTileRows * kPacks; i += kWarpSize) {
-    const int row = i / kPacks, column = i % kPacks * 8;
-    if (row < source.num_rows && column < source.num_columns) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       shared_address(stage + row * kStagePitch + column)),
-                   "l"(source.rows + row * source.stride + column)
-                   : "memory");
+    for (int pack = threadIdx.x % kWarpSize; pack < num_packs; pack += kWarpSize) {
+      copy_pack(stage + row * kPitch + pack * 8, address + pack * 8);
     }
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif
 
-/* What a thread block computes, and in which order it needs the stages. */
-template <int kHeld, bool kGated>
+__device__ __forceinline__ void Ring::init() const {
+  if (threadIdx.x < num_stages) {
+    init_barrier(full(threadIdx.x), kArrivals);
+    init_barrier(empty(threadIdx.x), kSkinnyWarps);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+}
+
+/* Of one warp: what it asked for. */
+struct Filler {
+  const Ring& ring;
+  const int num_under_way, copy_columns;
+  Slot next, landed;
+  int asked = 0;
+
+  __device__ __forceinline__ Filler(const Ring& of, int most, int columns)
+      : ring(of), num_under_way(most), copy_columns(columns) {}
+
+  __device__ __forceinline__ void ask(const StageSource& source) {
+    if (asked == num_under_way) {
+      wait_for_phase(ring.full(landed.index), landed.parity);
+      landed.advance(ring.num_stages);
+    } else {
+      ++asked;
+    }
+    wait_for_phase(ring.empty(next.index), next.parity ^ 1);
+    copy_rows(ring.stage(next.index), ring.full(next.index), source, copy_columns);
+    next.advance(ring.num_stages);
+  }
+};
+
+/* What a thread block computes. A unit is 16 rows of the weight: neighbours, or gate and up. */
 struct Work {
-  static constexpr int kGroup = 2 * kHeld;  // tiles that go through a chunk of columns together
   const SkinnyArguments& a;
-  int first_group, num_tiles, num_chunks;
+  int first_output, end_output;
+  int num_tiles;    // of the weight: gate and up count as two
+  int unit_shift;   // outputs of a unit, as a power of two
+  int num_units, num_chunks;
 
   __device__ __forceinline__ explicit Work(const SkinnyArguments& arguments) : a(arguments) {
-    const u32 num_groups = (a.num_outputs + kTileRows - 1) / kTileRows;
-    first_group = num_groups * blockIdx.x / gridDim.x;
-    num_tiles = (num_groups * (blockIdx.x + 1) / gridDim.x - first_group) * (kGated ? 2 : 1);
+    const u32 all = (a.num_outputs + kTileRows - 1) / kTileRows;
+    const int first = all * blockIdx.x / gridDim.x, end = all * (blockIdx.x + 1) / gridDim.x;
+    first_output = first * kTileRows;
+    end_output = min(end * kTileRows, a.num_outputs);
+    num_tiles = (end - first) << (a.is_gated ? 1 : 0);
+    unit_shift = a.is_gated || a.unit_tiles == 1 ? 3 : 4;
+    num_units = a.unit_tiles == 1 ? num_tiles : (num_tiles + 1) / 2;
     num_chunks = (a.width + kChunk - 1) / kChunk;
   }
 
@@ -189,67 +267,41 @@ struct Work {
     return min(kChunk, a.width - chunk * kChunk);
   }
 
-  /* First output of a tile. */
-  __device__ __forceinline__ int output(int tile) const {
-    return (first_group + (kGated ? tile / 2 : tile)) * kTileRows;
+  __device__ __forceinline__ int output(int unit) const {
+    return first_output + (unit << unit_shift);
   }
 
-  __device__ __forceinline__ StageSource source(int tile, int chunk) const {
-    const int first = output(tile);
-    const i64 row = first + (kGated && tile % 2 ? a.num_outputs : 0);
-    return {a.weight + row * a.width + chunk * kChunk, min(kTileRows, a.num_outputs - first),
-            columns(chunk), a.width};
-  }
-};
-
-/* The stage that is to be asked for next. */
-template <int kHeld, bool kGated>
-struct NextStage {
-  const Work<kHeld, kGated>& work;
-  int left, group = 0, chunk = 0, tile = 0;
-
-  __device__ __forceinline__ explicit NextStage(const Work<kHeld, kGated>& of)
-      : work(of), left(of.num_tiles * of.num_chunks) {}
-
-  /* By one warp. */
-  __device__ __forceinline__ void ask(bf16* ring, Barriers barriers, int slot) const {
-    fill(ring + slot * kStageElements, barriers.full(slot), work.source(group + tile, chunk));
-  }
-
-  __device__ __forceinline__ void advance() {
-    if (--left == work.a.num_left) let_next_kernel_start();
-    if (++tile < min(work.kGroup, work.num_tiles - group)) return;
-    tile = 0;
-    if (++chunk < work.num_chunks) return;
-    chunk = 0;
-    group += work.kGroup;
+  __device__ __forceinline__ StageSource source(int unit, int chunk) const {
+    const i64 stride = a.width;
+    const bf16* rows = a.weight + output(unit) * stride + chunk * kChunk;
+    const int num_rows = min(1 << unit_shift, end_output - output(unit));
+    return {rows, stride, num_rows, columns(chunk), a.is_gated != 0, rows + a.num_outputs * stride};
   }
 };
 
-/* Barriers, and what the ring has room for. */
-template <typename Next>
-__device__ __forceinline__ void ask_first_round(Next& next, int num_stages, bf16* ring,
-                                                Barriers barriers) {
-  const int warp = threadIdx.x / kWarpSize;
-#if __CUDA_ARCH__ < 900
-  if (threadIdx.x < num_stages) init_barrier(barriers.full(threadIdx.x), kArrivals);
-  if (threadIdx.x < num_stages) init_barrier(barriers.empty(threadIdx.x), kSkinnyThreads);
-  __syncthreads();
-#endif
+__device__ __forceinline__ void ask_for_weights(const Work& work, const Ring& ring) {
+  Filler filler(ring, work.a.num_under_way, work.a.copy_columns);
 #pragma unroll 1
-  for (int slot = 0; slot < num_stages && next.left > 0; ++slot) {
-    if (slot % kSkinnyWarps == warp) {
-#if __CUDA_ARCH__ >= 900
-      if (threadIdx.x % kWarpSize == 0) {  // the others see it after the next barrier of all
-        init_barrier(barriers.full(slot), kArrivals);
-        init_barrier(barriers.empty(slot), kSkinnyThreads);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  for (int first = 0; first < work.num_units; first += kHeld) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+#pragma unroll 1
+      for (int unit = first; unit < min(first + kHeld, work.num_units); ++unit) {
+        filler.ask(work.source(unit, chunk));
       }
-      __syncwarp();
-#endif
-      next.ask(ring, barriers, slot);
     }
-    next.advance();
+  }
+}
+
+__device__ __forceinline__ void ask_for_x(const Work& work, const Ring& ring) {
+  const SkinnyArguments& a = work.a;
+  Filler filler(ring, ring.num_stages, kChunk);
+#pragma unroll 1
+  for (int first = 0; first < work.num_units; first += kHeld) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+      filler.ask({a.input + chunk * kChunk, a.width, a.num_rows, work.columns(chunk)});
+    }
   }
 }
 
@@ -288,24 +340,54 @@ __device__ __forceinline__ uint4 normed_of(uint4 values, const uint4& weight, fl
   return values;
 }
 
-/* x to shared memory, normed. Whole rows to warps where there are enough; else several warps
- * share a row. A thread norms what it has loaded itself. */
-template <bool kNorm>
-__device__ __forceinline__ void stage_x(const SkinnyArguments& a, bf16* x,
-                                        const bf16* norm_weight) {
-  constexpr int kPacks = 4;  // that a thread has under way
-  __shared__ float4 squares_of[32][kSkinnyWarps / 4];
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int pitch = pitch_of_x(a.width), num_packs = a.width / 8;
-  int rows_at_once = 1;
-  while (rows_at_once < min(a.num_rows, kSkinnyWarps)) rows_at_once *= 2;
-  const int parts = kSkinnyWarps / rows_at_once, part = warp % parts, first_row = warp / parts;
-  const int first_pack = part * kWarpSize + lane, stride = parts * kWarpSize;
+/* Elements between two rows of x, where it lies whole: 64 bytes off a multiple of 128. */
+__device__ __forceinline__ int pitch_of_x(int width) { return width + (width % 64 ? 64 : 32); }
 
+/* Whole x to shared memory, normed, M <= 8, or as it is. `parts` warps share a row. A thread norms
+ * what it has loaded itself. */
+struct XStager {
+  static constexpr int kPacks = 2;  // that a thread has under way
+  const SkinnyArguments& a;
+  bf16 *x, *norm_weight;
+  int pitch, num_packs, parts, part, row, first_pack, stride;
+
+  __device__ __forceinline__ XStager(const SkinnyArguments& arguments, bf16* to, bf16* weight)
+      : a(arguments), x(to), norm_weight(weight) {
+    const int warp = threadIdx.x / kWarpSize;
+    pitch = pitch_of_x(a.width);
+    num_packs = a.width / 8;
+    parts = kSkinnyWarps / (a.num_rows > 4 ? 8 : a.num_rows > 2 ? 4 : a.num_rows);
+    part = warp % parts;
+    row = warp / parts;
+    first_pack = part * kWarpSize + threadIdx.x % kWarpSize;
+    stride = parts * kWarpSize;
+  }
+
+  __device__ __forceinline__ void stage_norm_weight() const {
 #pragma unroll 1
-  for (int row = first_row; row < a.num_rows; row += rows_at_once) {
+    for (int pack = first_pack; pack < num_packs; pack += stride) {
+      Pack<bf16, 8> weights;
+      weights.load(a.norm_weight + pack * 8);
+      weights.store(norm_weight + pack * 8);
+    }
+  }
+
+  /* As it is. */
+  __device__ __forceinline__ void copy_all() const {
+#pragma unroll 1
+    for (int r = row; r < a.num_rows; r += kSkinnyWarps / parts) {
+#pragma unroll 4
+      for (int pack = first_pack; pack < num_packs; pack += stride) {
+        copy_pack(x + r * pitch + pack * 8, a.input + static_cast<i64>(r) * a.width + pack * 8);
+      }
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    sync_multipliers();
+  }
+
+  /* Returns the sum of squares of what this thread has. */
+  __device__ __forceinline__ float stage_row() const {
     const i64 source = static_cast<i64>(row) * a.width;
-    const bool adds = kNorm && a.residual != nullptr;
     float squares = 0.0f;
 #pragma unroll 1
     for (int from = first_pack; from < num_packs; from += kPacks * stride) {
@@ -315,77 +397,48 @@ __device__ __forceinline__ void stage_x(const SkinnyArguments& a, bf16* x,
         const int pack = from + j * stride;
         if (pack >= num_packs) break;
         sums[j] = *reinterpret_cast<const uint4*>(a.input + source + pack * 8);
-        if (adds) added[j] = *reinterpret_cast<const uint4*>(a.residual + source + pack * 8);
+        if (a.residual != nullptr) {
+          added[j] = *reinterpret_cast<const uint4*>(a.residual + source + pack * 8);
+        }
       }
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
         const int pack = from + j * stride;
         if (pack >= num_packs) break;
-        if constexpr (kNorm) {
-          if (adds) {
-            sums[j] = sum_of(sums[j], added[j]);
-            if (blockIdx.x == 0) {
-              *reinterpret_cast<uint4*>(a.total + source + pack * 8) = sums[j];
-            }
+        if (a.residual != nullptr) {
+          sums[j] = sum_of(sums[j], added[j]);
+          if (pack % gridDim.x == blockIdx.x) {
+            *reinterpret_cast<uint4*>(a.total + source + pack * 8) = sums[j];
           }
-          squares = add_squares(squares, sums[j]);
         }
+        squares = add_squares(squares, sums[j]);
         *reinterpret_cast<uint4*>(x + row * pitch + pack * 8) = sums[j];
       }
     }
-    if constexpr (kNorm) {
-      squares = lane_sum<kWarpSize>(squares);
-      float* place = reinterpret_cast<float*>(squares_of[row]);
-      // The parts that a row does not have are 0.
-      if (lane < kSkinnyWarps && lane % parts == part) place[lane] = lane < parts ? squares : 0.0f;
-    }
+    return squares;
   }
-  __syncthreads();
-  if constexpr (kNorm) {
-#pragma unroll 1
-    for (int row = first_row; row < a.num_rows; row += rows_at_once) {
+
+  __device__ __forceinline__ void norm_all() const {
+    __shared__ float4 squares_of[kSkinnyWarps][kSkinnyWarps / 4];  // of rows, M <= 8
+    const int lane = threadIdx.x % kWarpSize;
+    const float squares = lane_sum<kWarpSize>(row < a.num_rows ? stage_row() : 0.0f);
+    float* squares_of_row = reinterpret_cast<float*>(squares_of[row]);
+    if (lane < kSkinnyWarps && lane % parts == part) {  // parts that a row does not have are 0
+      squares_of_row[lane] = lane < parts ? squares : 0.0f;
+    }
+    sync_multipliers();
+    if (row < a.num_rows) {
       const float4 s = squares_of[row][0], t = squares_of[row][1];
-      const float squares = ((s.x + s.y) + (s.z + s.w)) + ((t.x + t.y) + (t.z + t.w));
-      const float inverse_rms = rsqrtf(squares / a.width + a.eps);
-#pragma unroll 2
+      const float sum = ((s.x + s.y) + (s.z + s.w)) + ((t.x + t.y) + (t.z + t.w));
+      const float inverse_rms = rsqrtf(sum / a.width + a.eps);
+#pragma unroll 1
       for (int pack = first_pack; pack < num_packs; pack += stride) {
         uint4* place = reinterpret_cast<uint4*>(x + row * pitch + pack * 8);
         const uint4 weights = *reinterpret_cast<const uint4*>(norm_weight + pack * 8);
         *place = normed_of(*place, weights, inverse_rms);
       }
     }
-    __syncthreads();
-  }
-}
-
-/* The columns of a chunk that a warp multiplies, of all rows: lane (g, t) = (lane / 4, lane % 4)
- * has rows g, g + 8, .., columns 32 * (8 * step + warp) + 8t + 0 .. 7. Rows that are not there are
- * the last one again: no other row's result depends on them. */
-template <int kRows>
-struct Columns {
-  uint4 words[kRows / 8][kSteps];
-
-  /* Of row 8b + g at its first column. */
-  __device__ __forceinline__ static const bf16* row(const bf16* x, int b, int pitch,
-                                                    int num_rows) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    return x + min(8 * b + lane / 4, num_rows - 1) * pitch + 32 * warp + 8 * (lane % 4);
-  }
-
-  template <bool kWhole>
-  __device__ __forceinline__ void load(const bf16* x, int pitch, int num_rows, int num_columns) {
-    const int warp = threadIdx.x / kWarpSize;
-#pragma unroll
-    for (int b = 0; b < kRows / 8; ++b) {
-      const bf16* row_of_b = row(x, b, pitch, num_rows);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int column = 32 * kSkinnyWarps * step;
-        if (kWhole || column + 32 * warp < num_columns) {
-          words[b][step] = *reinterpret_cast<const uint4*>(row_of_b + column);
-        }
-      }
-    }
+    sync_multipliers();
   }
 };
 
@@ -399,78 +452,57 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* A warp's sums of two tiles: lane (g, t) has of block b rows 8b + 2t and 8b + 2t + 1, output g:
+/* The columns that a warp multiplies of a stage, of 8 rows: lane (g, t) = (lane / 4, lane % 4) has
+ * row g, columns 32 * (8 * step + warp) + 8t + 0 .. 7. */
+__device__ __forceinline__ void load_columns(uint4 (&words)[kSteps], const bf16* row,
+                                             int num_columns = kChunk) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    if (32 * kSkinnyWarps * step >= num_columns) continue;
+    words[step] = *reinterpret_cast<const uint4*>(row + 32 * kSkinnyWarps * step);
+  }
+}
+
+/* A warp's sums of a unit: lane (g, t) has of block b rows 8b + 2t and 8b + 2t + 1, output g:
  * [tile 0 row 2t, tile 0 2t + 1, tile 1 2t, tile 1 2t + 1]. */
 template <int kRows>
-struct PairSums {
+struct UnitSums {
   static constexpr int kBlocks = kRows / 8;
-  float sums[kBlocks][4];
+  static constexpr int kChains = kRows == 8 ? 2 : 1;  // of products that wait for each other
+  float sums[kChains][kBlocks][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[b][i] = 0.0f;
-    }
+    for (int i = 0; i < kChains * kBlocks * 4; ++i) (&sums[0][0][0])[i] = 0.0f;
   }
 
-  /* Two halves of the products are summed apart, so that one need not wait for the other.
-   * What lies beyond num_columns may be NaN, which a zero would keep. */
-  template <bool kWhole>
-  __device__ __forceinline__ void accumulate(const bf16* stage0, const bf16* stage1,
-                                             const Columns<kRows>& x, int num_columns) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int offset = lane / 4 * kStagePitch + 32 * warp + 8 * (lane % 4);
+  /* Of a stage. Where it has one tile that is both; the second's sums are not stored. What lies
+   * beyond num_columns may be NaN, which a zero would keep. */
+  __device__ __forceinline__ void accumulate(const bf16* stage, bool has_both,
+                                             const uint4 (&x)[kBlocks][kSteps], int num_columns) {
     uint4 first[kSteps], second[kSteps];
-    float others[kBlocks][4] = {};
+    load_columns(first, stage);
+    if (has_both) {
+      load_columns(second, stage + kTileRows * kPitch);
+    } else {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int column = 32 * kSkinnyWarps * step;
-      if (!kWhole && column + 32 * warp >= num_columns) continue;
-      first[step] = *reinterpret_cast<const uint4*>(stage0 + offset + column);
-      second[step] = *reinterpret_cast<const uint4*>(stage1 + offset + column);
+      for (int step = 0; step < kSteps; ++step) second[step] = first[step];
     }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (!kWhole && 32 * (kSkinnyWarps * step + warp) >= num_columns) continue;
+      if (32 * kSkinnyWarps * step >= num_columns) continue;
       const uint4 v = first[step], w = second[step];
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        const uint4 r = x.words[b][step];
-        multiply_add(sums[b], v.x, w.x, v.y, w.y, r.x, r.y);
-        multiply_add(others[b], v.z, w.z, v.w, w.w, r.z, r.w);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[b][i] += others[b][i];
-    }
-  }
-
-  /* The same step by step, for a few columns: reads x anew, and keeps little in registers. */
-  __device__ __forceinline__ void accumulate_rest(const bf16* stage0, const bf16* stage1,
-                                                  const bf16* x, int pitch, int num_rows,
-                                                  int num_columns) {
-    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    const int offset = lane / 4 * kStagePitch + 32 * warp + 8 * (lane % 4);
-#pragma unroll 1
-    for (int column = 0; column + 32 * warp < num_columns; column += 32 * kSkinnyWarps) {
-      const uint4 v = *reinterpret_cast<const uint4*>(stage0 + offset + column);
-      const uint4 w = *reinterpret_cast<const uint4*>(stage1 + offset + column);
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        const bf16* row = Columns<kRows>::row(x, b, pitch, num_rows);
-        const uint4 r = *reinterpret_cast<const uint4*>(row + column);
-        multiply_add(sums[b], v.x, w.x, v.y, w.y, r.x, r.y);
-        multiply_add(sums[b], v.z, w.z, v.w, w.w, r.z, r.w);
+        const uint4 r = x[b][step];
+        multiply_add(sums[0][b], v.x, w.x, v.y, w.y, r.x, r.y);
+        multiply_add(sums[kChains - 1][b], v.z, w.z, v.w, w.w, r.z, r.w);
       }
     }
   }
 
   /* To [M, pitch]. */
-  __device__ __forceinline__ void store(float* place, int pitch, int num_rows,
-                                        bool has_both) const {
+  __device__ __forceinline__ void store(float* place, int pitch, int num_rows) const {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -478,12 +510,19 @@ struct PairSums {
       for (int i = 0; i < 2; ++i) {
         const int row = 8 * b + 2 * t + i;
         if (row >= num_rows) break;
-        place[row * pitch + g] = sums[b][i];
-        if (has_both) place[row * pitch + kTileRows + g] = sums[b][2 + i];
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          const int j = 2 * tile + i;
+          const float sum = sums[0][b][j] + (kChains == 2 ? sums[kChains - 1][b][j] : 0.0f);
+          place[row * pitch + tile * kTileRows + g] = sum;
+        }
       }
     }
   }
 };
+
+constexpr int kPassColumns = kHeld * 2 * kTileRows;
+constexpr int kSumsPitch = kPassColumns + 4;  // 2 rows are 8 banks apart
 
 __device__ __forceinline__ float sum_of_warps(const float* parts, int stride) {
   float sum = 0.0f;
@@ -492,27 +531,22 @@ __device__ __forceinline__ float sum_of_warps(const float* parts, int stride) {
   return sum;
 }
 
-/* Elements between two rows of sums: 2 of them are 8 or 24 banks apart. */
-__device__ __forceinline__ int pitch_of_sums(int tiles) { return tiles * kTileRows + 4; }
-
-/* The warps' sums [warp, M, pitch] of tiles first .. end - 1 to outputs. */
-template <int kHeld, bool kGated>
-__device__ __forceinline__ void write_outputs(const Work<kHeld, kGated>& work, const float* parts,
-                                              int first, int end) {
+/* The warps' sums [warp, M, kSumsPitch] of units first .. first + kHeld - 1 to outputs. */
+__device__ __forceinline__ void write_outputs(const Work& work, const float* parts, int first) {
   const SkinnyArguments& a = work.a;
-  const int pitch = pitch_of_sums(a.pass_tiles), stride = a.num_rows * pitch;
-  const u32 num_outputs = (end - first) * kTileRows / (kGated ? 2 : 1);
+  const int stride = a.num_rows * kSumsPitch, column = threadIdx.x % kPassColumns;
+  const int output = work.output(first) + column;
+  if (column >= kHeld << work.unit_shift || output >= work.end_output) return;
+  const int unit = column >> work.unit_shift;
+  const int place = unit * 2 * kTileRows + column - (unit << work.unit_shift);
 #pragma unroll 1
-  for (u32 i = threadIdx.x; i < a.num_rows * num_outputs; i += kSkinnyThreads) {
-    const u32 row = i / num_outputs, column = i - row * num_outputs;
-    const int tile = column / kTileRows * (kGated ? 2 : 1);
-    const int output = work.output(first + tile) + column % kTileRows;
-    if (output >= a.num_outputs) continue;
-    const float* place = parts + row * pitch + tile * kTileRows + column % kTileRows;
-    float result = sum_of_warps(place, stride);
-    if constexpr (kGated) {
+  for (int row = threadIdx.x / kPassColumns; row < a.num_rows;
+       row += kSkinnyThreads / kPassColumns) {
+    const float* from = parts + row * kSumsPitch + place;
+    float result = sum_of_warps(from, stride);
+    if (a.is_gated) {
       const float gate = rounded_to<bf16>(result);
-      const float up = rounded_to<bf16>(sum_of_warps(place + kTileRows, stride));
+      const float up = rounded_to<bf16>(sum_of_warps(from + kTileRows, stride));
       result = rounded_to<bf16>(gate / (1.0f + expf(-gate))) * up;
     } else if (a.bias != nullptr) {
       result += to_float(a.bias[output]);
@@ -523,111 +557,92 @@ __device__ __forceinline__ void write_outputs(const Work<kHeld, kGated>& work, c
 
 // ---- the kernel -----------------------------------------------------------------------
 
-/* Thread blocks, of any kernels like this, whose registers a multiprocessor has room for. */
-template <int kRows, bool kShared>
-#if __CUDA_ARCH__ == 900
-constexpr int kMinBlocks = kRows == 8 && kShared ? 3 : kRows <= 16 ? 2 : 1;
-#else
-constexpr int kMinBlocks = !kShared ? 1 : kRows == 8 ? 3 : kRows == 16 ? 2 : 1;
-#endif
-
-/* Shared memory: barriers, ring, x (kShared), norm weight (kNorm), sums of the warps. */
-template <int kRows, int kHeld, bool kNorm, bool kGated, bool kShared>
-__global__ void __launch_bounds__(kSkinnyThreads, (kMinBlocks<kRows, kShared>))
-    skinny_linear_kernel(SkinnyArguments a) {
-  static_assert(kShared || !kNorm, "what is normed goes through shared memory");
-  static_assert(kShared == (kHeld == 1), "registers are for what is not shared");
+/* Shared memory: barriers, ring, x or its ring, norm weight, sums of the warps. */
+template <int kRows, bool kStreams>
+__global__ void __launch_bounds__(kSkinnyThreads + (kStreams ? 2 : 1) * kWarpSize,
+                                  kRows == 8 ? 2 : 1) skinny_linear_kernel(SkinnyArguments a) {
+  static_assert(kStreams || kRows <= 16, "whole x is for few rows");
+  constexpr int kBlocks = kRows / 8;
   extern __shared__ uint4 memory[];
-  const Barriers barriers{shared_address(memory)};
-  bf16* const ring = reinterpret_cast<bf16*>(memory + kMaxStages);
-  bf16* const x = ring + a.num_stages * kStageElements;
-  const int x_pitch = kShared ? pitch_of_x(a.width) : a.width;
-  bf16* const norm_weight = x + (kShared ? a.num_rows * x_pitch : 0);
-  float* const parts = reinterpret_cast<float*>(norm_weight + (kNorm ? a.width : 0));
-  const int warp = threadIdx.x / kWarpSize;
+  let_next_kernel_start();
+  const Work work(a);
+  bf16* const stages = reinterpret_cast<bf16*>(memory + 2 * kMaxStages);
+  const Ring ring{stages, shared_address(memory), a.num_stages, a.unit_tiles * kTileRows * kPitch};
+  bf16* const x = stages + a.num_stages * ring.stage_elements;
+  const Ring x_ring{x, shared_address(memory + kMaxStages), a.num_x_stages, a.num_rows * kPitch};
+  bf16* const norm_weight = x + (kStreams ? a.num_x_stages * x_ring.stage_elements
+                                          : a.num_rows * pitch_of_x(a.width));
+  float* const parts =
+      reinterpret_cast<float*>(norm_weight + (a.norm_weight != nullptr ? a.width : 0));
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  ring.init();
+  if constexpr (kStreams) x_ring.init();
+  __syncthreads();
+  if (warp == kSkinnyWarps) {
+    ask_for_weights(work, ring);
+    return;
+  }
+  if (kStreams && warp > kSkinnyWarps) {
+    wait_for_previous_kernel();
+    ask_for_x(work, x_ring);
+    return;
+  }
 
-  const Work<kHeld, kGated> work(a);
-  const int num_tiles = work.num_tiles, num_chunks = work.num_chunks;
-  NextStage<kHeld, kGated> next(work);
-  if (next.left <= a.num_left) let_next_kernel_start();
-  ask_first_round(next, a.num_stages, ring, barriers);
-  if constexpr (kNorm) {
-    for (int pack = threadIdx.x; pack < a.width / 8; pack += kSkinnyThreads) {
-      Pack<bf16, 8> weights;
-      weights.load(a.norm_weight + pack * 8);
-      weights.store(norm_weight + pack * 8);
+  if constexpr (kStreams) {
+    wait_for_previous_kernel();
+  } else {
+    const XStager stager(a, x, norm_weight);
+    if (a.norm_weight != nullptr) stager.stage_norm_weight();
+    wait_for_previous_kernel();
+    if (a.norm_weight != nullptr) {
+      stager.norm_all();
+    } else {
+      stager.copy_all();
     }
   }
-  __syncthreads();
-  wait_for_previous_kernel();
-
-  if constexpr (kShared) stage_x<kNorm>(a, x, norm_weight);
-  const bf16* const source = kShared ? x : a.input;
-  Slot slot;
+  const int lane_column = 32 * warp + 8 * (lane % 4), lane_row = lane / 4;
+  Slot slot, x_slot;
 #pragma unroll 1
-  for (int first = 0; first < num_tiles; first += a.pass_tiles) {
-    const int end = min(first + a.pass_tiles, num_tiles), pitch = pitch_of_sums(a.pass_tiles);
-#pragma unroll 1
-    for (int group = first; group < end; group += work.kGroup) {
-      PairSums<kRows> sums[kHeld];
+  for (int first = 0; first < work.num_units; first += kHeld) {
+    UnitSums<kRows> sums[kHeld];
 #pragma unroll
-      for (int pair = 0; pair < kHeld; ++pair) sums[pair].clear();
+    for (int held = 0; held < kHeld; ++held) sums[held].clear();
+    uint4 columns[kBlocks][kSteps] = {};  // rows that are not there stay 0
 #pragma unroll 1
-      for (int chunk = 0; chunk < num_chunks; ++chunk) {
-        const int num_columns = work.columns(chunk);
-        const bool is_whole = num_columns == kChunk;
-        Columns<kRows> columns;
-        const bf16* place = source + chunk * kChunk;
-        if (is_whole) {
-          columns.template load<true>(place, x_pitch, a.num_rows, num_columns);
-        } else if (!kShared) {
-          columns.template load<false>(place, x_pitch, a.num_rows, num_columns);
-        }
+    for (int chunk = 0; chunk < work.num_chunks; ++chunk) {
+      const int num_columns = work.columns(chunk) - 32 * warp;
+      const bf16* rows = kStreams ? x_ring.stage(x_slot.index) : x + chunk * kChunk;
+      const int pitch = kStreams ? kPitch : pitch_of_x(a.width);
+      if constexpr (kStreams) wait_for_phase(x_ring.full(x_slot.index), x_slot.parity);
 #pragma unroll
-        for (int pair = 0; pair < kHeld; ++pair) {
-          const int tile = group + 2 * pair;
-          if (tile >= end) break;
-          const bool has_both = tile + 1 < end;
-          Slot slots[2] = {slot, slot};
-          slots[1].advance(a.num_stages);
-          wait_for_phase(barriers.full(slots[0].index), slots[0].parity);
-          if (has_both) wait_for_phase(barriers.full(slots[1].index), slots[1].parity);
-          const bf16* stage0 = ring + slots[0].index * kStageElements;
-          // Where there is one tile it is both; the second's sums are not stored.
-          const bf16* stage1 = ring + (has_both ? slots[1] : slots[0]).index * kStageElements;
-          if (is_whole) {
-            sums[pair].template accumulate<true>(stage0, stage1, columns, num_columns);
-          } else if constexpr (kShared) {
-            sums[pair].accumulate_rest(stage0, stage1, place, x_pitch, a.num_rows, num_columns);
-          } else {
-            sums[pair].template accumulate<false>(stage0, stage1, columns, num_columns);
-          }
-          slot = slots[1];
-          if (has_both) slot.advance(a.num_stages);
-          if (next.left == 0) continue;
-#pragma unroll 1
-          for (int i = 0; i < (has_both ? 2 : 1) && next.left > 0; ++i) {
-            const Slot read = i == 0 ? slots[0] : slots[1];
-            arrive(barriers.empty(read.index));
-            if (read.index % kSkinnyWarps == warp) {
-              wait_for_phase(barriers.empty(read.index), read.parity);
-              next.ask(ring, barriers, read.index);
-            }
-            next.advance();
-          }
-        }
+      for (int b = 0; b < kBlocks; ++b) {
+        const int row = 8 * b + lane_row;
+        const bf16* from = rows + row * pitch + lane_column;
+        if (row < a.num_rows) load_columns(columns[b], from, num_columns);
       }
 #pragma unroll
-      for (int pair = 0; pair < kHeld; ++pair) {
-        const int tile = group + 2 * pair;
-        if (tile >= end) break;
-        float* place = parts + warp * a.num_rows * pitch + (tile - first) * kTileRows;
-        sums[pair].store(place, pitch, a.num_rows, tile + 1 < end);
+      for (int held = 0; held < kHeld; ++held) {
+        if (first + held >= work.num_units) break;
+        wait_for_phase(ring.full(slot.index), slot.parity);
+        sums[held].accumulate(ring.stage(slot.index) + lane_row * kPitch + lane_column,
+                              a.unit_tiles == 2, columns, num_columns);
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty(slot.index));
+        slot.advance(a.num_stages);
+      }
+      if constexpr (kStreams) {
+        if (lane == 0) arrive(x_ring.empty(x_slot.index));
+        x_slot.advance(a.num_x_stages);
       }
     }
-    __syncthreads();
-    write_outputs(work, parts, first, end);
-    if (end < num_tiles) __syncthreads();  // before the next pass writes there
+    if (first > 0) sync_multipliers();  // what was there has been read
+#pragma unroll
+    for (int held = 0; held < kHeld; ++held) {
+      float* place = parts + warp * a.num_rows * kSumsPitch + held * 2 * kTileRows;
+      sums[held].store(place, kSumsPitch, a.num_rows);
+    }
+    sync_multipliers();
+    write_outputs(work, parts, first);
   }
 }
 

@@ -31,23 +31,25 @@ __cluster_dims__(kBlocks, 1, 1)
         top_logprobs_kernel(const Element* logits, const i64* token_ids, float* drawn, i64* ids,
                             float* logprobs, int vocab_size, int num_top) {
   extern __shared__ uint4 kept[];
-  __shared__ u64 largest_of_blocks[kBlocks], sums[kBlocks], found[kBlocks * kMostTop];
+  __shared__ RowMail<kBlocks, 1> mail;
+  __shared__ u64 found[kBlocks * kMostTop], found_barrier;  // of the row's first block
   __shared__ u64 places[2][kRowWarps];
   const i64 row = blockIdx.x / kBlocks;
   const int rank = blockIdx.x % kBlocks;
-  arrive_in_row<kBlocks>();  // memory of another block may be written once it has started
+  RowExchange<kBlocks, 1> exchange(mail);
+  if (threadIdx.x == 0) init_barrier(&found_barrier);
+  exchange.open();
   let_next_kernel_start();
   wait_for_previous_kernel();
   const RowSlice<Element, kBlocks, kResident> slice(logits, row, vocab_size, kept);
-  const Largest largest = slice.load();
-  u64 own = ranked(largest.value, slice.token_of(largest));
-  const u64 here = block_max(own, places[0]);
-  wait_in_row<kBlocks>();
-  share_in_row<kBlocks>(largest_of_blocks, here);
-  row_barrier<kBlocks>();
-  const float max = value_of(best_of<kBlocks>(largest_of_blocks));
-  const u64 sum = slice.sum_of_exponentials(max, kLog2e);
-  share_in_row<kBlocks>(sums, block_sum(sum, places[1]));
+  slice.begin_load(&mail.load_barrier);
+  const float largest = slice.load_max(&mail.load_barrier);
+  u64 own = ranked(largest, slice.first_of(largest));
+  exchange.wait_open();
+  exchange.post(warp_max(own));
+  exchange.wait();
+  const float max = value_of(exchange.max(0));
+  exchange.post(warp_sum(slice.sum_of_exponentials(max, kLog2e)));
 
   const auto largest_below = [&](u64 limit) {
     u64 best = 0;
@@ -62,18 +64,19 @@ __cluster_dims__(kBlocks, 1, 1)
     }
     return best;
   };
-  if (largest.pack < 0) own = largest_below(~0ull);
+  if (!(largest > minus_infinite())) own = largest_below(~0ull);
   for (int i = 0; i < num_top; ++i) {
     const u64 best = block_max(own, places[i % 2]);
-    if (threadIdx.x == 0) put_in_block<kBlocks>(found + rank * num_top + i, 0, best);
+    if (threadIdx.x == 0) {
+      send_to_block<kBlocks>(found + rank * num_top + i, &found_barrier, 0, best);
+    }
     if (own == best && best) own = largest_below(best);
   }
-  row_barrier<kBlocks>();
+  exchange.wait();
   if (rank != 0) return;
 
-  u64 total = 0;
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) total += sums[i];
+  await_bytes<kBlocks>(&found_barrier, kBlocks * num_top * sizeof(u64));
+  const u64 total = exchange.sum(0);
   const float log_sum = logf(static_cast<float>(total) / kWeightScale);
   const int num_found = kBlocks * num_top;
   for (int i = threadIdx.x; i < num_found; i += kRowThreads) {
