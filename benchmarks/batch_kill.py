@@ -171,7 +171,9 @@ def summarise(seen: dict[str, Any]) -> dict[str, Any]:
     kills, jobs = seen["kills"], seen["jobs"]
     return {
         "kills": len(kills),
-        "kills while it started": sum(k["answers_after"] == k["answers_before"] for k in kills),
+        "kills before an answer of that life": sum(
+            k["answers_after"] == k["answers_before"] for k in kills
+        ),
         "jobs": len(jobs),
         "answers missing": sum(job["missing"] for job in jobs),
         "answers differing": sum(job["differing"] for job in jobs),

@@ -326,12 +326,20 @@ def spread(times_s: list[float | None]) -> dict[str, float] | None:
 
 
 def gpu_memory_mib() -> int | None:
-    """In use on the first card, by ``nvidia-smi``."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    """In use on the card of ``cuda:0``, by ``nvidia-smi``."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", card]
     try:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None
+
+
+def under_mps() -> contextlib.AbstractContextManager[bool]:
+    """A daemon of the run's own; whether there is one."""
+    from benchmarks.stage_processes import mps  # which loads torch
+
+    return mps()
 
 
 def main() -> None:
@@ -350,6 +358,7 @@ def main() -> None:
         help="answers to compare with: of one stage in a run of its own, or of the first engine "
         "before anything happens to it",
     )
+    parser.add_argument("--mps", action="store_true", help="stages share the card through MPS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no round after this")
     parser.add_argument("--merge", nargs="+", type=Path, default=None, help="stored runs")
@@ -365,7 +374,9 @@ def main() -> None:
     else:
         memory_before = gpu_memory_mib() if options.device == "cuda" else None
         load = {"load_average_1min_before": round(os.getloadavg()[0], 2), "nice": os.nice(0)}
-        run, where = run_rounds(options), conditions() | load
+        with under_mps() if options.mps else contextlib.nullcontext(False) as is_mps:
+            run = run_rounds(options)
+        where = conditions() | load | {"mps": is_mps}
         report = {"benchmark": "chaos", "conditions": where, "summary": summarise(run)}
         if options.device == "cuda":
             where |= gpu_conditions()

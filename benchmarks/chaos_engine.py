@@ -103,7 +103,9 @@ class Engine:
         with (folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=child_environment(), stderr=log)
         self.log = folder / "log"
-        self.client = Client(config.coordinator.address, timeout_s=READY_TIMEOUT_S)
+        self.client = Client(
+            config.coordinator.address, timeout_s=READY_TIMEOUT_S, check_alive=self.check_alive
+        )
         self.all_pids: set[int] = set()
         self.wait_ready()
 
