@@ -214,7 +214,7 @@ __device__ __forceinline__ void copy_rows(bf16* stage, u32 barrier, const StageS
 __device__ __forceinline__ void Ring::init() const {
   if (threadIdx.x < num_stages) {
     init_barrier(full(threadIdx.x), kArrivals);
-    init_barrier(empty(threadIdx.x), kSkinnyWarps);
+    init_barrier(empty(threadIdx.x), kSkinnyThreads);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -626,12 +626,11 @@ __global__ void __launch_bounds__(kSkinnyThreads + (kStreams ? 2 : 1) * kWarpSiz
         wait_for_phase(ring.full(slot.index), slot.parity);
         sums[held].accumulate(ring.stage(slot.index) + lane_row * kPitch + lane_column,
                               a.unit_tiles == 2, columns, num_columns);
-        __syncwarp();
-        if (lane == 0) arrive(ring.empty(slot.index));
+        arrive(ring.empty(slot.index));
         slot.advance(a.num_stages);
       }
       if constexpr (kStreams) {
-        if (lane == 0) arrive(x_ring.empty(x_slot.index));
+        arrive(x_ring.empty(x_slot.index));
         x_slot.advance(a.num_x_stages);
       }
     }
