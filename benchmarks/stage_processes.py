@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -228,6 +228,7 @@ class Pipeline:
         plain = {"job": {"name": "serve"}, "model": model, "pipeline": pipeline} | settings
         config = configuration.to_plain(configuration.build(plain))
         ranges = partition.split_layers(model_config, num_stages, "equal")
+        self._heard: list[deque[protocol.Message]] = [deque() for _ in devices]
         self._stages = [
             _Process(_run_stage, index, (hooks or {}).get(index)) for index in range(num_stages)
         ]
@@ -272,17 +273,45 @@ class Pipeline:
     def send(self, index: int, message: protocol.Message) -> None:
         self._stages[index].pipe.send_bytes(protocol.encode(message))
 
-    def hear(self, index: int, kind: type[Any]) -> Any:
-        """The next message of ``kind`` from a stage; others but a failure are passed over."""
-        process = self._stages[index]
+    def hear(self, index: int, kind: type[Any], timeout_s: float = TIMEOUT_S) -> Any:
+        """The next message of ``kind`` from a stage; other messages of it are passed over.
+
+        Raises:
+            AssertionError: a stage failed, whichever it is.
+            TimeoutError: it did not come; says what every stage is at.
+        """
+        deadline_s = time.monotonic() + timeout_s
         while True:
-            if not process.pipe.poll(TIMEOUT_S):
-                raise TimeoutError(f"stage {index} sends no {kind.__name__}")
-            message = protocol.decode(process.pipe.recv_bytes())
+            while self._heard[index]:
+                message = self._heard[index].popleft()
+                if isinstance(message, kind):
+                    return message
+            if not self._listen(max(0.0, deadline_s - time.monotonic())):
+                raise TimeoutError(f"stage {index} sends no {kind.__name__}: {self._describe()}")
+
+    def _listen(self, timeout_s: float) -> bool:
+        """Take in what any stage says; whether it was anything."""
+        pipes = [process.pipe for process in self._stages]
+        ready = wait(pipes, timeout_s)
+        for index, pipe in enumerate(pipes):
+            if pipe not in ready:
+                continue
+            message = protocol.decode(pipe.recv_bytes())
             if isinstance(message, protocol.StageFailed):
                 raise AssertionError(f"stage {index}: {message.text}\n{message.traceback}")
-            if isinstance(message, kind):
-                return message
+            self._heard[index].append(message)
+        return bool(ready)
+
+    def _describe(self) -> list[str]:
+        said = []
+        for index, process in enumerate(self._stages):
+            process.pipe.send_bytes(b"stats")
+            if not process.pipe.poll(2.0):
+                said.append(f"stage {index} does not answer")
+                continue
+            stats = protocol.decode(process.pipe.recv_bytes())
+            said.append(f"stage {index}: {stats}")
+        return said
 
     def run(
         self, plans: Sequence[protocol.Execute], max_in_flight: int | None = None

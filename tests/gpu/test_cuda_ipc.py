@@ -317,7 +317,7 @@ def with_a_liar(role, other, device, kind):
 @pytest.mark.parametrize(
     ("lie", "text"),
     [
-        (with_a_wrong_byte, "slot 3: byte 77 of 614400 is "),
+        (with_a_wrong_byte, "slot 3: byte 77 of 2048 is "),
         (with_zeros, "slot 0: byte 0 of 614400 is 0"),
     ],
 )

@@ -57,7 +57,8 @@ from ember_pp.stage.handoff.side_stream import open_side_stream
 from ember_pp.stage.timing import StageClock
 
 COPY_ENGINE_BYTES = 32 * 2**20
-"""From this size of a message on the copy engine moves it (docs/gpu.md has the measurement)."""
+"""From this size of a message on the copy engine moves it, which is then as fast as kernel stores
+and leaves the multiprocessors alone; below it is slower (``benchmarks.handoff --parts copy``)."""
 _LINE_BYTES = 128
 _TAG_OFFSET = 16
 _SCRATCH_OFFSET = 64
