@@ -131,6 +131,18 @@ def is_running(pid):
     return state != "Z"
 
 
+def test_stages_leave_what_a_signal_means_to_the_coordinator(address):
+    """Slurm signals them too; if they ended, the drain would begin with a restart."""
+    with Server(address) as server:
+        request = first_tokens(server.client, max_tokens=60)
+        for pid in server.stages:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(pid, number)
+        assert request.result(DEADLINE_S).num_output_tokens == 60
+        status = server.client.status()
+        assert [stage["pid"] for stage in status["stages"]] == server.stages
+
+
 def test_the_code_of_a_failure_is_another_one(address):
     with Server(address, "supervisor.max_restarts=0") as server:
         request = first_tokens(server.client, **LONG)

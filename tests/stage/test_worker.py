@@ -640,10 +640,14 @@ def test_a_stage_counts_what_it_sends_and_returns_heartbeats(coordinate):
 
 
 @pytest.mark.multiproc
-def test_sigterm_ends_a_stage_at_once(coordinate):
+def test_a_signal_ends_no_stage_and_a_shutdown_does(coordinate):
+    """Slurm signals every process of a step; what that means is the coordinator's to say."""
     coordinator = coordinate(1)
-    os.kill(coordinator.processes[0].pid, signal.SIGTERM)
-    assert coordinator.processes[0].wait(END_S) == -signal.SIGTERM
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(coordinator.processes[0].pid, number)
+    assert coordinator.processes[0].wait(0.2) is None
+    coordinator.send(0, protocol.Shutdown("the test is over"))
+    assert coordinator.processes[0].wait(END_S) == 0
 
 
 PARENT = """

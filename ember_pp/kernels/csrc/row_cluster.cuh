@@ -14,8 +14,7 @@
  *            the numbers
  * Requires   a grid of rows * kBlocks blocks in x; kBlocks = 1 below sm_90, where __syncthreads
  *            stands for the messages
- * Tried      barriers of the cluster between phases: each fences in every warp, which together
- *            took half of the time of a draw with top_k
+ * Tried      barriers of the cluster between phases: each fences in every warp
  * Source     own
  */
 #pragma once

@@ -30,9 +30,11 @@
  * Bound      memory: N * V * sizeof(Element) bytes; without truncation, the random numbers: 10
  *            instructions a token
  * Tried      a histogram of weights over keys for top_p, which needs no second draw: where most
- *            tokens are alike its additions to shared memory collide, 26 reads of the logits
- *            instead of 5; a histogram of counts for top_k; the best score of a warp, not of the
- *            block, as what a draw compares with: half as fast
+ *            tokens are alike its additions to shared memory collide; a histogram of counts for
+ *            top_k; in a draw, to compare with the best of a warp instead of the block; five
+ *            blocks of 224 threads on a multiprocessor: faster where random numbers are the bound,
+ *            slower with top_k. No faster: bringing later rows to the second-level cache ahead; the
+ *            first rows one after the other; random numbers while the slice is on its way
  * Test       tests/kernels/test_sample_tokens.py          Bench  python -m benchmarks.kernels
  * Source     Gumbel-max; Philox4x32-10: Salmon et al., SC 2011; to draw again where top_p cut the
  *            token away: the rejection sampling of FlashInfer, here with the same noise each time
