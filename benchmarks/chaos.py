@@ -314,7 +314,13 @@ def merge(paths: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "requests_per_round": reports[0]["requests_per_round"],
     }
     assert {report["requests_per_round"] for report in reports} == {run["requests_per_round"]}
-    return run, [report["conditions"] | {"rounds": len(report["rounds"])} for report in reports]
+    kept = ("gpu_memory_mib",)
+    return run, [
+        report["conditions"]
+        | {"rounds": len(report["rounds"])}
+        | {key: report[key] for key in kept if key in report}
+        for report in reports
+    ]
 
 
 def spread(times_s: list[float | None]) -> dict[str, float] | None:
