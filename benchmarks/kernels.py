@@ -132,61 +132,6 @@ def qk_norm_rope_store_kv(num_tokens: int, num_heads: int = 32, num_kv_heads: in
     return Case("qk_norm_rope_store_kv", shape, num_bytes, make, has_torch=False)
 
 
-def paged_rows(
-    lens: Sequence[tuple[int, int]], block_size: int, num_kv_heads: int, head_dim: int
-) -> tuple[Tensor, PagedRows]:
-    """Caches of keys and values, and rows of (new tokens, context) over blocks in random order."""
-    query_lens, contexts = zip(*lens, strict=True)
-    blocks_of = [-(-context_len // block_size) for context_len in contexts]
-    tables = torch.full((len(contexts), max(blocks_of)), -1, dtype=torch.int32)
-    for row, ids in enumerate(torch.randperm(sum(blocks_of)).int().split(blocks_of)):
-        tables[row, : len(ids)] = ids
-    shape = (2, sum(blocks_of), block_size, num_kv_heads, head_dim)
-    caches = torch.empty(shape, device=CUDA, dtype=torch.bfloat16).normal_()
-    rows = PagedRows(
-        block_tables=tables.to(CUDA),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, device=CUDA),
-        cu_seqlens_q=torch.tensor([0, *query_lens]).cumsum(0).int().to(CUDA),
-        num_tokens=sum(query_lens),
-        max_query_len=max(query_lens),
-        block_size=block_size,
-        dtype=torch.bfloat16,
-    )
-    _ = rows.lens_of_decodes
-    return caches, rows
-
-
-def qkv_attention(
-    contexts: Sequence[int],
-    shape: str,
-    num_heads: int = 32,
-    num_kv_heads: int = 8,
-    head_dim: int = 128,
-    block_size: int = 16,
-) -> Case:
-    """One new token of each row, from its projection to what attention gives."""
-    num_rows, width = len(contexts), (num_heads + 2 * num_kv_heads) * head_dim
-    table = torch.randn((max(contexts), head_dim), device=CUDA)
-    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "eps": 1e-6}
-
-    def make() -> Run:
-        lens = [(1, context_len) for context_len in contexts]
-        caches, rows = paged_rows(lens, block_size, num_kv_heads, head_dim)
-        qkv, norm_weight = random(num_rows, width), random(num_heads + num_kv_heads, head_dim)
-        positions = rows.context_lens.long() - 1
-        blocks = rows.block_tables.long().gather(1, positions[:, None] // block_size)[:, 0]
-        slots = blocks * block_size + positions % block_size
-        rope, scale = RopeRows(table, positions), head_dim**-0.5
-        return lambda ops: ops.qkv_attention(
-            qkv, None, norm_weight, rope, caches[0], caches[1], slots, rows, scale=scale, **heads
-        )
-
-    num_bytes = 2 * num_kv_heads * head_dim * 2 * sum(contexts)
-    num_bytes += 2 * num_rows * (width + num_heads * head_dim) + 4 * num_rows * head_dim
-    text = f"{shape} H={num_heads} K={num_kv_heads} d={head_dim} S={block_size}"
-    return Case("qkv_attention", text, num_bytes, make, has_torch=False)
-
-
 def paged_attention(
     lens: Sequence[tuple[int, int]],
     shape: str,
@@ -201,7 +146,27 @@ def paged_attention(
     num_tokens = sum(query_lens)
 
     def make() -> Run:
-        caches, rows = paged_rows(lens, block_size, num_kv_heads, head_dim)
+        blocks_of = [-(-context_len // block_size) for context_len in contexts]
+        order = torch.randperm(sum(blocks_of)).int()
+        tables = torch.full((len(contexts), max(blocks_of)), -1, dtype=torch.int32)
+        for row, ids in enumerate(order.split(blocks_of)):
+            tables[row, : len(ids)] = ids
+        caches = torch.empty(
+            (2, sum(blocks_of), block_size, num_kv_heads, head_dim),
+            device=CUDA,
+            dtype=torch.bfloat16,
+        ).normal_()
+        starts = torch.tensor([0, *query_lens]).cumsum(0)
+        rows = PagedRows(
+            block_tables=tables.to(CUDA),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=CUDA),
+            cu_seqlens_q=starts.int().to(CUDA),
+            num_tokens=num_tokens,
+            max_query_len=max(query_lens),
+            block_size=block_size,
+            dtype=torch.bfloat16,
+        )
+        _ = rows.lens_of_decodes
         query = random(num_tokens, num_heads, head_dim)
         scale = head_dim**-0.5
         return lambda ops: ops.paged_attention(query, caches[0], caches[1], rows, scale=scale)
@@ -336,15 +301,6 @@ def cases() -> list[Case]:
         decodes([256], "1 x 256", **small),
         decodes([640] * 256, "256 x 640", **small),
         decodes([640] * 256, "256 x 640", num_heads=8, num_kv_heads=4, head_dim=64),
-        *(
-            qkv_attention([context_len] * num_rows, f"{num_rows} x {context_len}", **heads)
-            for heads in ({}, small)
-            for num_rows, context_len in (
-                *((1, context_len) for context_len in (16, 256, 2048, 32768)),
-                *((4, 256), (16, 256), (16, 2048), (64, 640), (256, 640)),
-            )
-        ),
-        qkv_attention(mixed, "256 x 1..2048"),
         paged_attention([(2048, 2048)] * 8, "prefill 8 x 2048"),
         paged_attention([(16384, 16384)], "prefill 1 x 16384"),
         paged_attention([(2048, 2048)], "prefill 1 x 2048"),

@@ -141,7 +141,6 @@ def paged_decode(card: Card) -> None:
         ):
             rows = [(1, context_len) for context_len in contexts]
             attend(card, rows, num_heads, num_kv_heads, head_dim)
-            attend_projections(card, contexts, num_heads, num_kv_heads, head_dim)
 
 
 def paged_prefill(card: Card, *, has_wgmma: bool = False) -> None:
@@ -350,52 +349,8 @@ def attend(
     block_size: int = BLOCK_SIZE,
     attention: PagedAttention | None = None,
 ) -> None:
-    """Attention of rows of so many new tokens over contexts; see ``cached_rows``."""
-    caches, rows = cached_rows(card, lens, num_kv_heads, head_dim, block_size)
-    query = card.random(rows.num_tokens, num_heads, head_dim)
-    attention = attention or PagedAttention(card.kernels)
-    attention(query, *caches, rows, head_dim**-0.5)
-
-
-def attend_projections(
-    card: Card, contexts: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int
-) -> None:
-    """The same of one new token each, whose key and value are not stored yet; with bias and norm,
-    and without."""
-    lens = [(1, context_len) for context_len in contexts]
-    num_rows, num_all = len(lens), num_heads + 2 * num_kv_heads
-    for is_plain in (False, True):
-        caches, rows = cached_rows(card, lens, num_kv_heads, head_dim, BLOCK_SIZE)
-        tables, positions = rows.block_tables.cpu().flip(0).long(), torch.tensor(contexts) - 1
-        positions = positions.clamp(min=0)
-        slots = tables.gather(1, positions[:, None] // BLOCK_SIZE)[:, 0] * BLOCK_SIZE
-        slots = torch.where(torch.tensor(contexts) > 0, slots + positions % BLOCK_SIZE, -1)
-        card.ops.qkv_attention(
-            card.random(num_rows, num_all * head_dim),
-            None if is_plain else card.random(num_all * head_dim),
-            None if is_plain else card.random(num_heads + num_kv_heads, head_dim),
-            RopeRows(
-                card.random(max(1, *contexts), head_dim, dtype=torch.float32), card.put(positions)
-            ),
-            *caches,
-            card.put(slots),
-            rows,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            eps=1e-6,
-            scale=head_dim**-0.5,
-        )
-
-
-def cached_rows(
-    card: Card,
-    lens: Sequence[tuple[int, int]],
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-) -> tuple[tuple[Tensor, Tensor], PagedRows]:
-    """Caches of keys and values, and rows of (new tokens, context), in blocks of no order. A
-    context of 0 is padding; row r has table R - 1 - r.
+    """Attention of rows of so many new tokens over contexts, in blocks of no order. A context of 0
+    is padding; row r has table R - 1 - r.
 
     Blocks that no row has are uninitialised, and so is the rest of a block behind a row's last
     tile.
@@ -405,30 +360,33 @@ def cached_rows(
     order = card.order(sum(blocks_of) + NUM_FREE_BLOCKS)
     tables = torch.full((len(lens), max(1, *blocks_of)), -1, dtype=torch.int32)
     shape = (len(order), block_size, num_kv_heads, head_dim)
-    caches = card.empty(*shape), card.empty(*shape)
+    k_cache, v_cache = card.empty(*shape), card.empty(*shape)
     filling = torch.randn(shape[1:]).bfloat16()
     for row, blocks in enumerate(torch.split(order[: sum(blocks_of)], blocks_of)):
         tables[len(lens) - 1 - row, : len(blocks)] = blocks
         for index, block in enumerate(blocks.tolist()):
             used = min(block_size, -(-contexts[row] // TILE) * TILE - index * block_size)
-            for cache in caches:
+            for cache in (k_cache, v_cache):
                 cache[block, :used].copy_(filling[:used])
 
     def numbers(values: Iterable[int]) -> Tensor:
         return card.put(torch.tensor(list(values), dtype=torch.int32))
 
+    num_tokens = sum(query_lens)
     rows = PagedRows(
         block_tables=card.put(tables),
         table_rows=numbers(reversed(range(len(lens)))),
         context_lens=numbers(contexts),
         decode_lens=numbers(n if query_len == 1 else 0 for query_len, n in lens),
         cu_seqlens_q=numbers([0, *itertools.accumulate(query_lens)]),
-        num_tokens=sum(query_lens),
+        num_tokens=num_tokens,
         max_query_len=max(query_lens),
         block_size=block_size,
         dtype=torch.bfloat16,
     )
-    return caches, rows
+    query = card.random(num_tokens, num_heads, head_dim)
+    attention = attention or PagedAttention(card.kernels)
+    attention(query, k_cache, v_cache, rows, head_dim**-0.5)
 
 
 # ------------------------------------------------------------------------------------

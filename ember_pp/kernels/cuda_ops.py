@@ -259,51 +259,6 @@ class CudaOps:
         """See ``PagedAttention``."""
         return self._attention(query, k_cache, v_cache, rows, scale)
 
-    def qkv_attention(
-        self,
-        qkv: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        rope: RopeRows,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
-        rows: PagedRows,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        eps: float,
-        scale: float,
-    ) -> Tensor:
-        """One kernel for decodes alone; else one for what is new, then those for attention."""
-        attended = self._attention.decode(
-            qkv,
-            bias,
-            norm_weight,
-            rope.table,
-            k_cache,
-            v_cache,
-            rows,
-            num_heads=num_heads,
-            eps=eps,
-            scale=scale,
-        )
-        if attended is not None:
-            return attended
-        query = self.qk_norm_rope_store_kv(
-            qkv,
-            bias,
-            norm_weight,
-            rope,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            eps=eps,
-        )
-        return self.paged_attention(query, k_cache, v_cache, rows, scale=scale)
-
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """A pack of elements per thread."""
         gate_up = gate_up.contiguous()

@@ -12,6 +12,7 @@ all arguments of a call unless noted.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -19,15 +20,6 @@ from torch import Tensor
 
 from ember_pp.errors import ConfigError, KernelArgumentError, KernelBuildError
 from ember_pp.kernels import reference
-from ember_pp.kernels.argument_checks import (
-    check,
-    check_caches,
-    check_dims,
-    check_logits,
-    check_norm,
-    check_qkv,
-    check_rows,
-)
 from ember_pp.kernels.paged_rows import PagedRows
 from ember_pp.kernels.rope_rows import RopeRows
 from ember_pp.kernels.slot_params import SlotParams
@@ -128,24 +120,6 @@ class Backend(Protocol):
     ) -> Tensor:
         """See ``Ops.paged_attention``."""
 
-    def qkv_attention(
-        self,
-        qkv: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        rope: RopeRows,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
-        rows: PagedRows,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        eps: float,
-        scale: float,
-    ) -> Tensor:
-        """See ``Ops.qkv_attention``."""
-
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """See ``Ops.swiglu``."""
 
@@ -200,9 +174,9 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        check_dims("weight", weight, 2)
-        check_dims("token_ids", token_ids, 1)
-        check("token_ids", token_ids, token_ids.shape, torch.int64, weight.device)
+        _check_dims("weight", weight, 2)
+        _check_dims("token_ids", token_ids, 1)
+        _check("token_ids", token_ids, token_ids.shape, torch.int64, weight.device)
         return self._backend.embedding(token_ids, weight)
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -219,11 +193,11 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        check_dims("input", input, 2)
-        check_dims("weight", weight, 2)
-        check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        _check_dims("input", input, 2)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
         if bias is not None:
-            check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
         return self._backend.linear(input, weight, bias)
 
     def rms_norm(self, input: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -240,8 +214,8 @@ class Ops:
 
         Source: Zhang and Sennrich, NeurIPS 2019; the order of rounding is that of transformers.
         """
-        check_dims("input", input, 2)
-        check("weight", weight, (input.shape[1],), input.dtype, input.device)
+        _check_dims("input", input, 2)
+        _check("weight", weight, (input.shape[1],), input.dtype, input.device)
         return self._backend.rms_norm(input, weight, eps)
 
     def add_rms_norm(
@@ -259,9 +233,9 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        check_dims("input", input, 2)
-        check("residual", residual, input.shape, input.dtype, input.device)
-        check("weight", weight, (input.shape[1],), input.dtype, input.device)
+        _check_dims("input", input, 2)
+        _check("residual", residual, input.shape, input.dtype, input.device)
+        _check("weight", weight, (input.shape[1],), input.dtype, input.device)
         return self._backend.add_rms_norm(input, residual, weight, eps)
 
     def add_rms_norm_linear(
@@ -290,11 +264,11 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        check_norm(input, residual, norm_weight)
-        check_dims("weight", weight, 2)
-        check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
+        _check("weight", weight, (weight.shape[0], input.shape[1]), input.dtype, input.device)
         if bias is not None:
-            check("bias", bias, (weight.shape[0],), input.dtype, input.device)
+            _check("bias", bias, (weight.shape[0],), input.dtype, input.device)
         return self._backend.add_rms_norm_linear(input, residual, norm_weight, eps, weight, bias)
 
     def add_rms_norm_gate_up(
@@ -321,12 +295,12 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
-        check_norm(input, residual, norm_weight)
-        check_dims("weight", weight, 2)
+        _check_norm(input, residual, norm_weight)
+        _check_dims("weight", weight, 2)
         num_rows = weight.shape[0]
         if num_rows % 2:
             raise KernelArgumentError(f"weight: expected [2I, D], got {list(weight.shape)}")
-        check("weight", weight, (num_rows, input.shape[1]), input.dtype, input.device)
+        _check("weight", weight, (num_rows, input.shape[1]), input.dtype, input.device)
         return self._backend.add_rms_norm_gate_up(input, residual, norm_weight, eps, weight)
 
     def qk_norm_rope_store_kv(
@@ -368,9 +342,24 @@ class Ops:
         Source: Su et al., 2021, in the two-halves layout of Hugging Face checkpoints; the slots are
         those of vLLM's PagedAttention (Kwon et al., SOSP 2023).
         """
-        check_qkv(
-            qkv, bias, norm_weight, rope, (k_cache, v_cache), slot_mapping, num_heads, num_kv_heads
-        )
+        _check_dims("qkv", qkv, 2)
+        num_tokens, width = qkv.shape
+        head_dim = width // (num_heads + 2 * num_kv_heads)
+        if head_dim * (num_heads + 2 * num_kv_heads) != width:
+            raise KernelArgumentError(
+                f"qkv: expected [T, ({num_heads} + 2 * {num_kv_heads}) * d], got {list(qkv.shape)}"
+            )
+        if bias is not None:
+            _check("bias", bias, (width,), qkv.dtype, qkv.device)
+        if norm_weight is not None:
+            shape = (num_heads + num_kv_heads, head_dim)
+            _check("norm_weight", norm_weight, shape, qkv.dtype, qkv.device)
+        _check_dims("rope.table", rope.table, 2)
+        table_shape = (rope.table.shape[0], head_dim)
+        _check("rope.table", rope.table, table_shape, torch.float32, qkv.device)
+        _check("rope.positions", rope.positions, (num_tokens,), torch.int64, qkv.device)
+        _check_caches(k_cache, v_cache, (num_kv_heads, head_dim), qkv)
+        _check("slot_mapping", slot_mapping, (num_tokens,), torch.int64, qkv.device)
         return self._backend.qk_norm_rope_store_kv(
             qkv,
             bias,
@@ -423,69 +412,20 @@ class Ops:
 
         Source: Kwon et al., SOSP 2023, for the layout; grouped queries: Ainslie et al., 2023.
         """
-        check_dims("query", query, 3)
-        check_dims("k_cache", k_cache, 4)
+        _check_dims("query", query, 3)
+        _check_dims("k_cache", k_cache, 4)
         num_kv_heads = k_cache.shape[2]
-        check_caches(k_cache, v_cache, (num_kv_heads, query.shape[2]), query)
+        _check_caches(k_cache, v_cache, (num_kv_heads, query.shape[2]), query)
         if query.shape[1] % num_kv_heads:
             raise KernelArgumentError(
                 f"query: expected a multiple of the cache's {num_kv_heads} heads, "
                 f"got {query.shape[1]}"
             )
-        check_rows(query, "query", rows)
+        if query.shape[0] != rows.num_tokens:
+            raise KernelArgumentError(
+                f"rows: expected {query.shape[0]} tokens as in query, got {rows.num_tokens}"
+            )
         return self._backend.paged_attention(query, k_cache, v_cache, rows, scale=scale)
-
-    def qkv_attention(
-        self,
-        qkv: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        rope: RopeRows,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
-        rows: PagedRows,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        eps: float,
-        scale: float,
-    ) -> Tensor:
-        """From a fused projection to attention: ``paged_attention`` of the queries of
-        ``qk_norm_rope_store_kv``, the step's keys and values stored on the way.
-
-        ``rope``, ``slot_mapping`` and ``rows`` are of one step: the tokens of a row are the last of
-        its context, at positions up to ``context_lens - 1``, and their slots are those of its block
-        table. A token of no row has the slot -1.
-
-        Shapes:
-            as those two, and
-            returns:  [T, H, d]  model dtype
-
-        Numerics: as those two. An implementation may keep the newest key and value, rounded, where
-        they are, and not read them from the caches again.
-
-        Raises:
-            KernelArgumentError: a shape, dtype or device differs from the above.
-        """
-        check_qkv(
-            qkv, bias, norm_weight, rope, (k_cache, v_cache), slot_mapping, num_heads, num_kv_heads
-        )
-        check_rows(qkv, "qkv", rows)
-        return self._backend.qkv_attention(
-            qkv,
-            bias,
-            norm_weight,
-            rope,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            rows,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            eps=eps,
-            scale=scale,
-        )
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """Gated activation: ``silu(gate) * up`` of the two halves of the last dimension.
@@ -501,7 +441,7 @@ class Ops:
 
         Source: Shazeer, 2020.
         """
-        check_dims("gate_up", gate_up, 2)
+        _check_dims("gate_up", gate_up, 2)
         if gate_up.shape[1] % 2:
             raise KernelArgumentError(f"gate_up: expected [T, 2I], got {list(gate_up.shape)}")
         return self._backend.swiglu(gate_up)
@@ -533,12 +473,12 @@ class Ops:
 
         Source: Gumbel-max; Philox of Salmon et al., SC 2011.
         """
-        check_logits(logits)
+        _check_logits(logits)
         num_rows = logits.shape[:1]
-        check("slots", slots, num_rows, torch.int32, logits.device)
-        check("positions", positions, num_rows, torch.int64, logits.device)
+        _check("slots", slots, num_rows, torch.int32, logits.device)
+        _check("positions", positions, num_rows, torch.int64, logits.device)
         table = params.table
-        check("params", table, table.shape, torch.int64, logits.device)
+        _check("params", table, table.shape, torch.int64, logits.device)
         return self._backend.sample_tokens(logits, slots, positions, params)
 
     def top_logprobs(
@@ -558,8 +498,8 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype or device differs from the above, or ``num_top``.
         """
-        check_logits(logits)
-        check("token_ids", token_ids, logits.shape[:1], torch.int64, logits.device)
+        _check_logits(logits)
+        _check("token_ids", token_ids, logits.shape[:1], torch.int64, logits.device)
         if not 0 <= num_top <= MAX_TOP_LOGPROBS:
             raise KernelArgumentError(f"num_top: expected 0 to {MAX_TOP_LOGPROBS}, got {num_top}")
         return self._backend.top_logprobs(logits, token_ids, num_top)
@@ -603,9 +543,9 @@ class Ops:
             KernelArgumentError: a shape, dtype or device differs from the above.
         """
         device = state.slots.device
-        check_dims("drawn", drawn, 1)
-        check("drawn", drawn, drawn.shape, torch.int64, device)
-        check("slots", slots, drawn.shape, torch.int32, device)
+        _check_dims("drawn", drawn, 1)
+        _check("drawn", drawn, drawn.shape, torch.int64, device)
+        _check("slots", slots, drawn.shape, torch.int32, device)
         if len(drawn) > state.max_rows:
             raise KernelArgumentError(
                 f"drawn: expected at most {state.max_rows} rows, got {len(drawn)}"
@@ -625,11 +565,11 @@ class Ops:
         Raises:
             KernelArgumentError: a shape, dtype, device or layout differs from the above.
         """
-        check_dims("output", output, 2)
+        _check_dims("output", output, 2)
         for name, tensor in (("residual", residual), ("added", added), ("output", output)):
             if tensor is None:
                 continue
-            check(name, tensor, output.shape, output.dtype, state.slots.device)
+            _check(name, tensor, output.shape, output.dtype, state.slots.device)
             if not tensor.is_contiguous():
                 raise KernelArgumentError(
                     f"{name}: expected contiguous, got stride {tensor.stride()}"
@@ -637,3 +577,49 @@ class Ops:
         if output.dtype not in (torch.bfloat16, torch.float32):
             raise KernelArgumentError(f"output: expected bf16 or fp32, got {output.dtype}")
         return self._backend.leave_stage(residual, added, output, state)
+
+
+def _check_logits(logits: Tensor) -> None:
+    _check_dims("logits", logits, 2)
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        raise KernelArgumentError(f"logits: expected bf16 or fp32, got {logits.dtype}")
+    if not logits.shape[1]:
+        raise KernelArgumentError(f"logits: expected [N, V], got {list(logits.shape)}")
+
+
+def _check_dims(name: str, tensor: Tensor, num_dims: int) -> None:
+    if tensor.dim() != num_dims:
+        raise KernelArgumentError(
+            f"{name}: expected {num_dims} dimension{'s' if num_dims > 1 else ''}, "
+            f"got shape {list(tensor.shape)}"
+        )
+
+
+def _check(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != shape:
+        raise KernelArgumentError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise KernelArgumentError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise KernelArgumentError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def _check_norm(input: Tensor, residual: Tensor | None, norm_weight: Tensor) -> None:
+    _check_dims("input", input, 2)
+    if residual is not None:
+        _check("residual", residual, input.shape, input.dtype, input.device)
+    _check("norm_weight", norm_weight, (input.shape[1],), input.dtype, input.device)
+
+
+def _check_caches(
+    k_cache: Tensor, v_cache: Tensor, heads_shape: tuple[int, int], like: Tensor
+) -> None:
+    """Caches [B, S, K, d] for heads [K, d] of the dtype and device of ``like``."""
+    _check_dims("k_cache", k_cache, 4)
+    shape = (*k_cache.shape[:2], *heads_shape)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check(name, cache, shape, like.dtype, like.device)
+        if not cache.is_contiguous():
+            raise KernelArgumentError(f"{name}: expected contiguous, got stride {cache.stride()}")

@@ -1,9 +1,9 @@
 """Paged attention on a GPU: which kernel takes which rows of a step, and in what shape.
 
 Rows with one new token are decodes and go to ``paged_decode``, whatever else is in the step;
-rows with more are chunks of prompts. Both kernels write into one output. Where all rows are decodes
-``paged_decode`` can take the fused projection itself. What is launched depends on the static fields
-of ``PagedRows`` alone, never on lengths, so that a step can be captured.
+rows with more are chunks of prompts. Both kernels write into one output. What is launched
+depends on the static fields of ``PagedRows`` alone, never on lengths, so that a step can be
+captured.
 
 Shape letters: T tokens, R rows, H query heads, K KV heads, G = H / K, d head dim, S block size.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,21 +25,15 @@ _LOG2_E = 1.4426950408889634
 
 _TILE = 16
 """Positions of a tile of ``paged_decode``."""
-_DECODE_WARPS = 8
-"""Of a thread block of ``paged_decode``, over all its KV heads."""
-_DECODE_BLOCKS = 2
-"""Thread blocks that a multiprocessor has room for."""
-_DECODE_MIN_TILES = 3
-"""Fewest tiles of a warp, where there are so many: below that, parts that meet in memory cost more
-than it saves."""
+_DECODE_WARPS = 16
+"""Warps of ``paged_decode`` on a multiprocessor: as many as registers allow."""
+_DECODE_MIN_SHARE = 1
+"""Fewest tiles of a warp: below that, adding parts costs more than it saves."""
 _DECODE_FEW_ROWS = 32
 """Up to so many rows all warps of a thread block take tiles of one KV head: parts that meet in
-memory are fewer. Beyond, two neighbouring heads are read side by side, where G leaves registers."""
-_DECODE_AHEAD = 3
-"""Tiles of a warp, with few rows, that are asked for while the previous kernel still runs. With
-many, memory has enough to do."""
+memory are fewer. Beyond, up to four neighbouring heads are read side by side."""
 _DECODE_MOST_ROWS = 3072
-"""Each has a counter for each KV head."""
+"""A thread block keeps four bytes for each in shared memory."""
 _FAN_IN = 16
 _DECODE_COUNTERS = 1 << 16
 
@@ -113,7 +106,7 @@ class PagedAttention:
         fits = (
             self.fits(query.dtype, head_dim, group_size, block_size)
             and len(rows.context_lens) <= _DECODE_MOST_ROWS
-            and _are_aligned(k_cache, v_cache)
+            and (k_cache.data_ptr() | v_cache.data_ptr()) % 16 == 0
         )
         if not fits:
             return reference.paged_attention(query, k_cache, v_cache, rows, scale=scale)
@@ -122,57 +115,21 @@ class PagedAttention:
         if query.shape[0] and len(rows.context_lens):
             if rows.max_query_len > 1:
                 self._prefill(query, k_cache, v_cache, rows, scale, output)
-            self._decode(query, None, k_cache, v_cache, rows, scale, output)
-        return output
-
-    def decode(
-        self,
-        qkv: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        rope_table: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        rows: PagedRows,
-        *,
-        num_heads: int,
-        eps: float,
-        scale: float,
-    ) -> Tensor | None:
-        """See ``Ops.qkv_attention``, for rows with one new token each; None: no kernel fits."""
-        block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-        fits = (
-            self.fits(qkv.dtype, head_dim, num_heads // num_kv_heads, block_size)
-            and len(rows.context_lens) <= _DECODE_MOST_ROWS
-            and _are_aligned(k_cache, v_cache)
-        )
-        if rows.max_query_len > 1 or not fits:
-            return None
-        output = qkv.new_empty((len(qkv), num_heads, head_dim))
-        if len(qkv) and len(rows.context_lens):
-            new = _NewTokens(
-                None if bias is None else _aligned(bias),
-                None if norm_weight is None else _aligned(norm_weight),
-                _aligned(rope_table),
-                eps,
-            )
-            self._decode(_aligned(qkv), new, k_cache, v_cache, rows, scale, output)
+            self._decode(query, k_cache, v_cache, rows, scale, output)
         return output
 
     def _decode(
         self,
-        tokens: Tensor,
-        new: _NewTokens | None,
+        query: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
         rows: PagedRows,
         scale: float,
         output: Tensor,
     ) -> None:
-        """Into ``output``: rows with one new token, by their projections, or without ``new`` by
-        their queries."""
+        """Into ``output``: rows with one new token."""
         block_size, num_kv_heads, head_dim = k_cache.shape[1:]
-        num_heads = output.shape[1]
+        num_heads = query.shape[1]
         group_size = num_heads // num_kv_heads
         lens = rows.lens_of_decodes.contiguous()
         starts = rows.cu_seqlens_q.contiguous()
@@ -180,18 +137,16 @@ class PagedAttention:
         num_rows = len(lens)
         heads, splits, group = _decode_shape(num_rows, num_kv_heads, group_size)
         warps, grid_y = heads * splits, num_kv_heads // heads
-        grid_x = max(1, _DECODE_BLOCKS * self._kernels.num_multiprocessors // grid_y)
+        grid_x = max(1, self._kernels.num_multiprocessors * (_DECODE_WARPS // warps) // grid_y)
         parts = self._parts(grid_x, num_heads, head_dim)
         assert (num_rows + 2 * (grid_x // _FAN_IN + 1)) * num_kv_heads <= _DECODE_COUNTERS
-        is_fused = "false" if new is None else "true"
         kernel = self._kernels.get(
             "paged_decode.cuh",
-            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}, {is_fused}>",
-            "14P7iff0P",
+            f"paged_decode_kernel<{head_dim}, {heads}, {splits}, {group}>",
+            "11P6if0P",
         )
         arguments = (
-            tokens.data_ptr(),
-            *((0, 0, 0) if new is None else new.pointers),
+            query.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
             tables.data_ptr(),
@@ -205,12 +160,11 @@ class PagedAttention:
             num_kv_heads,
             group_size,
             (block_size // _TILE).bit_length() - 1,
-            _DECODE_MIN_TILES * splits,
-            _DECODE_AHEAD if num_rows <= _DECODE_FEW_ROWS else 0,
-            0.0 if new is None else new.eps,
+            _DECODE_MIN_SHARE * splits,
             scale * _LOG2_E,
         )
-        kernel.launch((grid_x, grid_y), warps * _WARP, arguments)
+        shared_bytes = 4 * (num_rows + 1)
+        kernel.launch((grid_x, grid_y), warps * _WARP, arguments, shared_bytes=shared_bytes)
 
     def _prefill(
         self,
@@ -265,20 +219,6 @@ class PagedAttention:
         return parts
 
 
-class _NewTokens(NamedTuple):
-    """What queries and newest keys of projections are made with."""
-
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    rope_table: Tensor
-    eps: float
-
-    @property
-    def pointers(self) -> tuple[int, ...]:
-        """Addresses, 0 where there is none."""
-        return tuple(0 if x is None else x.data_ptr() for x in self[:3])
-
-
 class _DecodeParts:
     """Memory of ``paged_decode`` beside its output; see there. Launches follow one another on
     one stream, so they share it."""
@@ -321,20 +261,11 @@ class _PrefillParts:
 def _decode_shape(num_rows: int, num_kv_heads: int, group_size: int) -> tuple[int, int, int]:
     """KV heads of a thread block, warps that share each, query heads that there is room for."""
     group = 4 if group_size <= 4 else 8
-    are_paired = num_rows > _DECODE_FEW_ROWS and group == 4 and num_kv_heads % 2 == 0
-    heads = 2 if are_paired else 1
-    return heads, _DECODE_WARPS // heads, group
-
-
-def _are_aligned(*tensors: Tensor) -> bool:
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The same numbers where a kernel can read 16 bytes at a time."""
-    if tensor.is_contiguous() and _are_aligned(tensor):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    if num_rows <= _DECODE_FEW_ROWS:
+        # 16 warps where there is shared memory for them; for 2 to 7 rows 8 were faster.
+        return 1, 8 if group == 8 or 1 < num_rows < 8 else 16, group
+    heads = max(heads for heads in range(1, 5) if num_kv_heads % heads == 0)
+    return heads, 8 // heads, group
 
 
 def _tables(rows: PagedRows) -> tuple[Tensor, Tensor | None]:

@@ -135,37 +135,6 @@ def paged_attention(
     return output
 
 
-def qkv_attention(
-    qkv: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    rope: RopeRows,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    rows: PagedRows,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    """``qk_norm_rope_store_kv``, then ``paged_attention`` of its queries."""
-    query = qk_norm_rope_store_kv(
-        qkv,
-        bias,
-        norm_weight,
-        rope,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        eps=eps,
-    )
-    return paged_attention(query, k_cache, v_cache, rows, scale=scale)
-
-
 def _attend(
     query: Tensor, k_slots: Tensor, v_slots: Tensor, group: RowGroup, scale: float
 ) -> Tensor:

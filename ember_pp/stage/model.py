@@ -234,19 +234,18 @@ class StageModel:
     ) -> Tensor:
         """[T, (H + 2K) * d] -> [T, D], the residual not yet added."""
         cfg, ops = self._cfg, self._ops
-        attended = ops.qkv_attention(
+        query = ops.qk_norm_rope_store_kv(
             qkv,
             None,
             layer.qk_norm,
             step.rope,
             *caches,
             step.slot_mapping,
-            step.rows,
             num_heads=cfg.num_heads,
             num_kv_heads=cfg.num_kv_heads,
             eps=cfg.rms_norm_eps,
-            scale=self._scale,
-        )  # [T, H, d]
+        )
+        attended = ops.paged_attention(query, *caches, step.rows, scale=self._scale)  # [T, H, d]
         return ops.linear(attended.flatten(1), layer.output, layer.output_bias)
 
 

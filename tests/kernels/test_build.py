@@ -300,11 +300,13 @@ HOT = [
     ("skinny_linear.cuh", "skinny_linear_kernel<16, true>"),
     ("skinny_linear.cuh", "skinny_linear_kernel<24, true>"),
     ("read_bandwidth.cuh", "read_bandwidth_kernel"),
-    *(
-        ("paged_decode.cuh", f"paged_decode_kernel<{shape}, {is_fused}>")
-        for shape in ("128, 1, 8, 4", "128, 1, 8, 8", "128, 2, 4, 4", "64, 1, 8, 4", "64, 2, 4, 4")
-        for is_fused in ("true", "false")
-    ),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 16, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 1, 8, 8>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 4, 2, 8>"),
+    ("paged_decode.cuh", "paged_decode_kernel<64, 1, 16, 4>"),
+    ("paged_decode.cuh", "paged_decode_kernel<64, 4, 2, 4>"),
     ("sampling.cuh", "sample_tokens_kernel<bf16, 8, true>"),
     ("top_logprobs.cuh", "top_logprobs_kernel<bf16, 8, true>"),
     ("paged_prefill.cuh", "paged_prefill_kernel<64>"),
@@ -323,7 +325,7 @@ OTHERS = [
     ("rms_norm.cuh", "rms_norm_kernel<bf16, 1, 8, true>"),
     ("qk_norm_rope_store_kv.cuh", "qk_norm_rope_store_kv_kernel<float, 24, 4, true, true>"),
     ("swiglu.cuh", "swiglu_kernel<float, 1>"),
-    ("paged_decode.cuh", "paged_decode_kernel<64, 1, 8, 8, true>"),
+    ("paged_decode.cuh", "paged_decode_kernel<128, 3, 2, 8>"),
     ("sampling.cuh", "sample_tokens_kernel<bf16, 1, false>"),
     ("sampling.cuh", "sample_tokens_kernel<float, 8, false>"),
     ("top_logprobs.cuh", "top_logprobs_kernel<float, 1, false>"),

@@ -128,9 +128,8 @@ __device__ __forceinline__ void store_seen(u32* address, u32 value) {
  *
  * A kernel may start while the one before still runs. Until `wait_for_previous_kernel` it may
  * read only weights, and the inputs of the step, which a copy or `begin_step` brought before the
- * first kernel: with neither does anything overlap; for the same reason all that earlier steps
- * wrote, such as keys and values of earlier positions; and it writes nothing. In every kernel one
- * thread block at least calls it, so once it returns all earlier kernels have ended.
+ * first kernel: with neither does anything overlap; and it writes nothing. Every kernel calls it,
+ * so once it returns all earlier kernels have ended.
  */
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
