@@ -23,11 +23,79 @@
  * Source     Su et al., 2021, in the two-halves layout of Hugging Face checkpoints; slots: Kwon
  *            et al., SOSP 2023
  */
-#include "head_halves.cuh"
+#include "device.cuh"
 
 namespace ember {
 
 constexpr int kRopeThreads = 128;
+
+template <typename Element, int kPack>
+struct HeadHalves {
+  float first[kPack], second[kPack];
+
+  __device__ __forceinline__ void load(const Element* head, int half) {
+    Pack<Element, kPack> a, b;
+    a.load(head);
+    b.load(head + half);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      first[i] = to_float(a.values[i]);
+      second[i] = to_float(b.values[i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(Element* head, int half) const {
+    Pack<Element, kPack> a, b;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      a.values[i] = from_float<Element>(first[i]);
+      b.values[i] = from_float<Element>(second[i]);
+    }
+    a.store(head);
+    b.store(head + half);
+  }
+
+  __device__ __forceinline__ void add(const HeadHalves& other) {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      first[i] = rounded_to<Element>(first[i] + other.first[i]);
+      second[i] = rounded_to<Element>(second[i] + other.second[i]);
+    }
+  }
+
+  __device__ __forceinline__ float squares() const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) sum += first[i] * first[i] + second[i] * second[i];
+    return sum;
+  }
+
+  __device__ __forceinline__ void norm(const HeadHalves& weight, float inverse_rms) {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      first[i] = rounded_to<Element>(rounded_to<Element>(first[i] * inverse_rms) *
+                                     weight.first[i]);
+      second[i] = rounded_to<Element>(rounded_to<Element>(second[i] * inverse_rms) *
+                                      weight.second[i]);
+    }
+  }
+
+  __device__ __forceinline__ void rotate(const float* cos, const float* sin) {
+    Pack<float, (kPack < 4 ? kPack : 4)> c, s;
+    constexpr int kWide = kPack < 4 ? kPack : 4;
+#pragma unroll
+    for (int i = 0; i < kPack; i += kWide) {
+      c.load(cos + i);
+      s.load(sin + i);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        const float a = first[i + j], b = second[i + j];
+        first[i + j] = a * c.values[j] - b * s.values[j];
+        second[i + j] = b * c.values[j] + a * s.values[j];
+      }
+    }
+  }
+};
 
 __device__ constexpr int next_power_of_two(int n) {
   return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2);
@@ -51,34 +119,31 @@ __global__ void __launch_bounds__(kRopeThreads)
   const bool is_turned = is_active && head < num_turned;
 
   using Halves = HeadHalves<Element, kPack>;
-  PackedHalves<Element, kPack> packed = {}, weight = {}, added = {};
-  Angles<kPack> angles = {};
+  Halves x = {}, weight, added;
   if (kHasNorm && is_turned) weight.load(norm_weight + head * kHeadDim + offset, kHalf);
   if (kHasBias && is_active) added.load(bias + head * kHeadDim + offset, kHalf);
-  if (is_turned) angles.load(rope_table + positions[token] * kHeadDim + offset, kHalf);
+  const float* cos = rope_table + positions[token] * kHeadDim + offset;
   const i64 slot = slots[token];
   let_next_kernel_start();
   wait_for_previous_kernel();
 
   if (is_active) {
-    packed.load(qkv + (token * (num_turned + num_kv_heads) + head) * kHeadDim + offset, kHalf);
+    x.load(qkv + (token * (num_turned + num_kv_heads) + head) * kHeadDim + offset, kHalf);
+    if constexpr (kHasBias) x.add(added);
   }
-  Halves x(packed);
-  if constexpr (kHasBias) x.add(Halves(added));
   if constexpr (kHasNorm) {
     const float mean = lane_sum<kLanes>(x.squares()) / kHeadDim;
-    if (is_turned) x.norm(Halves(weight), rsqrtf(mean + eps));
+    if (is_turned) x.norm(weight, rsqrtf(mean + eps));
   }
-  if (is_turned) x.turn(angles);
+  if (is_turned) x.rotate(cos, cos + kHalf);
   if (!is_active) return;
-  packed = x.packed();
   if (head < num_heads) {
-    packed.store(query_out + (token * num_heads + head) * kHeadDim + offset, kHalf);
+    x.store(query_out + (token * num_heads + head) * kHeadDim + offset, kHalf);
   } else if (slot >= 0) {
     const bool is_key = head < num_turned;
     const int kv_head = head - (is_key ? num_heads : num_turned);
     Element* cache = is_key ? k_cache : v_cache;
-    packed.store(cache + (slot * num_kv_heads + kv_head) * kHeadDim + offset, kHalf);
+    x.store(cache + (slot * num_kv_heads + kv_head) * kHeadDim + offset, kHalf);
   }
 }
 
