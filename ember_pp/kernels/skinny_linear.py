@@ -18,7 +18,7 @@ from torch import Tensor
 from ember_pp.kernels.kernel_set import KernelSet
 
 MOST_ROWS = 24
-"""Of a product: of more, cuBLAS is faster (``benchmarks/results/skinny_linear.json``)."""
+"""Of a product. On an H100 cuBLAS is about as fast at so many, and faster at 32."""
 
 _MULTIPLYING_WARPS = 8
 _WARP = 32
