@@ -500,7 +500,7 @@ def main() -> int:
     options = parser.parse_args()
     plain = {"conditions": conditions(), "seed": options.seed}
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         chosen = targets(Path(folder))
         parts = sum(target.share for target in chosen)
         for target in chosen:
