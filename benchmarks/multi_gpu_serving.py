@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.multi_gpu_child import gpu_memory_mib
-from ember_pp.client import Client, Request
+from ember_pp.client import Client
 from ember_pp.config import BenchJob
 from ember_pp.errors import EmberError
+from ember_pp.jobs.bench_run import BenchAnswer, submit_all
 from ember_pp.jobs.bench_workload import BenchWorkload, make_workload
 
 _POLL_S = 0.2
@@ -107,19 +108,7 @@ def killed(client: Client, workload: BenchWorkload) -> dict[str, Any]:
     """
     stages = client.status()["stages"]
     memory_before = gpu_memory_mib()
-    requests = [
-        client.submit(
-            token_ids=request.token_ids,
-            sampling={
-                "temperature": workload.temperature,
-                "max_tokens": request.output_tokens,
-                "ignore_eos": True,
-            },
-            stream=True,
-            seed_key=f"killed-{index}",
-        )
-        for index, request in enumerate(workload.requests)
-    ]
+    requests = submit_all(client, workload, {}, seed_key="killed")
     num_ended = 0
     while client.status()["num_output_tokens"] < _KILL_AT * workload.output_tokens:
         num_ended += len(client.wait_any(_POLL_S))
@@ -154,7 +143,7 @@ def killed(client: Client, workload: BenchWorkload) -> dict[str, Any]:
     }
 
 
-def _arrivals(requests: Sequence[Request]) -> list[float]:
+def _arrivals(requests: Sequence[BenchAnswer]) -> list[float]:
     """When any tokens came, in order; raises what a request failed with."""
     return sorted(delta.received_s for request in requests for delta in request if delta.token_ids)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,8 +34,8 @@ from ember_pp.jobs.bench_run import (
 )
 from ember_pp.jobs.bench_workload import BenchWorkload, make_workload
 from ember_pp.jobs.child import run_child
-from ember_pp.jobs.json_file import write_json
 from ember_pp.jobs.session import open_client
+from ember_pp.jobs.telling import report, say
 
 Connect = Callable[[Config], contextlib.AbstractContextManager[BenchClient]]
 
@@ -56,10 +54,10 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     assert isinstance(job, BenchJob)
     _check_settings(config, job)
     if job.workload == "handoff":
-        _say("timing hops ...")
+        say("timing hops ...")
         measured = bench_handoff.measure(config, job)
-        _say("")
-        _report(job, measured, bench_handoff.render(measured))
+        say("")
+        report(bench_handoff.render(measured), measured, job.output)
         return EXIT_OK
     preparation = prepare(config)
     workload = make_workload(job, preparation.model_config.vocab_size, preparation.max_model_len)
@@ -75,7 +73,7 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     result["rates"] = measured["rates"]
     result["compare"] = None
     if job.compare != "none":
-        _say(f"running {job.compare} ...")
+        say(f"running {job.compare} ...")
         result["compare"] = bench_compare.compare(
             config,
             job,
@@ -84,10 +82,10 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
             ours=result["summary"],
             first_tokens=[stream.first_token for stream in runs.counted[0].streams],
         )
-    _say("")
+    say("")
     result["conditions"] = conditions(measured["versions"]) | {"cards": card_facts}
     result["settings"] = changed_settings(config)
-    _report(job, result, bench_report.render(result))
+    report(bench_report.render(result), result, job.output)
     return EXIT_OK
 
 
@@ -118,7 +116,7 @@ def _check_batch(config: Config, workload: BenchWorkload) -> None:
 
 def _measure_rates(config: Config, preparation: Preparation) -> dict[str, Any]:
     """``rates`` by device and ``versions``, from a child process."""
-    _say("measuring the devices ...")
+    say("measuring the devices ...")
     return run_child(
         "ember_pp.stage.rates",
         {
@@ -183,12 +181,12 @@ def _run_all(
     ]
     sampling = config.sampling.given()
     for number, turn in enumerate(turns[: job.warmup]):
-        _say(f"warming up ({number + 1} of {job.warmup}) ...")
+        say(f"warming up ({number + 1} of {job.warmup}) ...")
         run_once(client, turn, sampling)
     before = settled_status(client)
     counted = []
     for number, turn in enumerate(turns[job.warmup :]):
-        _say(f"running {workload.name} ({number + 1} of {job.repeats}) ...")
+        say(f"running {workload.name} ({number + 1} of {job.repeats}) ...")
         counted.append(run_once(client, turn, sampling))
     after = settled_status(client)
     return _Runs(
@@ -199,7 +197,7 @@ def _run_all(
 
 
 def _wait_until_ready(client: BenchClient) -> Mapping[str, Any]:
-    _say("loading ...")
+    say("loading ...")
     while (status := client.status())["phase"] != "ready":
         time.sleep(_POLL_S)
     return status
@@ -256,22 +254,3 @@ def _result_of(
         "stages": runs.stages,
         "num_preemptions": runs.num_preemptions,
     }
-
-
-def _report(job: BenchJob, result: Mapping[str, Any], table: str) -> None:
-    print(table, file=sys.stderr if job.output == "-" else sys.stdout)
-    if job.output is None:
-        return
-    if job.output == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-        return
-    write_json("job.output", Path(job.output), result)
-
-
-def _say(text: str) -> None:
-    """What goes on, in one line where that is possible."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-    elif text:
-        sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

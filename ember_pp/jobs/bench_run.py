@@ -47,14 +47,14 @@ class BenchRun:
     streams: list[Stream]
 
 
-def run_once(client: BenchClient, workload: BenchWorkload, sampling: Mapping[str, Any]) -> BenchRun:
-    """Send every request at once, and wait for all.
+def submit_all(
+    client: BenchClient, workload: BenchWorkload, sampling: Mapping[str, Any], *, seed_key: str
+) -> list[BenchAnswer]:
+    """Send every request of ``workload`` at once, as streams, each of its full length.
 
-    Raises:
-        EmberError: a request failed, or came back with another number of tokens.
+    ``sampling`` beside the workload's temperature; ``seed_key`` begins the key of each.
     """
-    started_s = time.monotonic()
-    requests = [
+    return [
         client.submit(
             token_ids=request.token_ids,
             sampling={
@@ -64,10 +64,20 @@ def run_once(client: BenchClient, workload: BenchWorkload, sampling: Mapping[str
                 "ignore_eos": True,
             },
             stream=True,
-            seed_key=f"bench-{index}",
+            seed_key=f"{seed_key}-{index}",
         )
         for index, request in enumerate(workload.requests)
     ]
+
+
+def run_once(client: BenchClient, workload: BenchWorkload, sampling: Mapping[str, Any]) -> BenchRun:
+    """Send every request at once, and wait for all.
+
+    Raises:
+        EmberError: a request failed, or came back with another number of tokens.
+    """
+    started_s = time.monotonic()
+    requests = submit_all(client, workload, sampling, seed_key="bench")
     num_ended = 0
     while num_ended < len(requests):
         num_ended += len(client.wait_any())

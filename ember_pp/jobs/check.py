@@ -12,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -48,8 +46,8 @@ from ember_pp.jobs.check_report import render
 from ember_pp.jobs.check_verdict import judge
 from ember_pp.jobs.check_workload import make_prompts
 from ember_pp.jobs.child import run_child
-from ember_pp.jobs.json_file import write_json
 from ember_pp.jobs.session import open_client
+from ember_pp.jobs.telling import report, say
 from ember_pp.stage.recorded import RecordedPlan, from_wanted
 
 _MOST_TOGETHER = 256
@@ -89,8 +87,8 @@ def run(config: Config, *, connect: Connect = open_client) -> int:
     with _temporary_folder() as folder:
         result = _check(config, job, preparation, prompts, folder, connect)
     result["faults"] = judge(result)
-    _say("")
-    _report(job, result)
+    say("")
+    report(render(result), result, job.output)
     return EXIT_TOLERANCE if result["faults"] else EXIT_OK
 
 
@@ -214,13 +212,13 @@ def _check(
     }
     versions = {}
     if job.against != "transformers":
-        _say("running the same plans on one stage ...")
+        say("running the same plans on one stage ...")
         started_s = time.monotonic()
         result["one_stage"] = _run_one_stage(config, preparation, wanted)
         seconds["one_stage"] = time.monotonic() - started_s
         versions = result["one_stage"]["versions"]
     if job.against != "one_stage":
-        _say("running transformers ...")
+        say("running transformers ...")
         started_s = time.monotonic()
         result["transformers"] = _run_transformers(config, job, preparation, wanted)
         seconds["transformers"] = time.monotonic() - started_s
@@ -268,10 +266,10 @@ def _record(
     answers: list[list[int]] = []
     failed = []
     with connect(dataclasses.replace(config, debug=debug)) as client:
-        _say("loading ...")
+        say("loading ...")
         while (status := client.status())["phase"] != "ready":
             time.sleep(0.1)
-        _say(f"running {len(prompts):,} requests ...")
+        say(f"running {len(prompts):,} requests ...")
         requests = [
             client.submit(token_ids=prompt, sampling=_sampling(job, index), stream=True)
             for index, prompt in enumerate(prompts)
@@ -412,24 +410,3 @@ def _run_transformers(
     if not found["tensors"]:
         raise EmberError("job.against: no row was written that transformers could be asked for")
     return found | {"device": device}
-
-
-# --------------------------------------------------------------------------------------
-# telling
-
-
-def _report(job: CheckJob, result: Mapping[str, Any]) -> None:
-    print(render(result), file=sys.stderr if job.output == "-" else sys.stdout)
-    if job.output == "-":
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    elif job.output is not None:
-        write_json("job.output", Path(job.output), result)
-
-
-def _say(text: str) -> None:
-    """What goes on, in one line where that is possible."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-    elif text:
-        sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
