@@ -1,5 +1,6 @@
 """``job=status``: the map of a coordinator on stdout; the exit code says if work goes on."""
 
+import contextlib
 import json
 
 import pytest
@@ -12,12 +13,6 @@ class FakeClient:
     def __init__(self, reply):
         self._reply = reply
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
     def status(self):
         return self._reply
 
@@ -27,7 +22,8 @@ class FakeClient:
 )
 def test_what_stands_still_is_an_exit_code(monkeypatch, capsys, problems, code):
     reply = {"phase": "ready", "problems": problems}
-    monkeypatch.setattr(job, "Client", lambda address, timeout_s: FakeClient(reply))
+    client = contextlib.nullcontext(FakeClient(reply))
+    monkeypatch.setattr(job, "open_running", lambda config, timeout_s: client)
     config = configuration.build({"job": {"name": "status"}, "model": {"path": "demo"}})
     assert job.run(config) == code
     assert json.loads(capsys.readouterr().out) == reply
