@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import time
-from pathlib import Path
 
 import pytest
 from bench_requests import workload_of
@@ -14,7 +12,7 @@ from bench_requests import workload_of
 from ember_pp import __main__ as entry
 from ember_pp import config as configuration
 from ember_pp.client import Completion, Delta
-from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, ConfigError, EmberError
+from ember_pp.errors import EXIT_CANNOT_FIT, EXIT_CONFIG, EXIT_OK, EmberError
 from ember_pp.jobs import bench, bench_report
 from ember_pp.jobs.bench_conditions import changed_settings
 from ember_pp.jobs.bench_floor import Floor, StageFloor
@@ -316,12 +314,3 @@ def test_settings_in_a_result_are_those_that_were_changed() -> None:
         "scheduler.max_sequences": 256,
         "kernels": "reference",
     }
-
-
-def test_a_result_that_cannot_be_written_is_named(tmp_path: Path, capsys) -> None:
-    job = configuration.BenchJob(output=str(tmp_path / "r.json"))
-    with contextlib.suppress(OSError):
-        (tmp_path / ".r.json.partial").mkdir()
-    with pytest.raises(ConfigError, match=r"^job\.output: .*r\.json: Is a directory"):
-        bench._report(job, {}, "the table")
-    assert capsys.readouterr().out == "the table\n", "the numbers are not lost"
